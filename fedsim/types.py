@@ -1,0 +1,162 @@
+"""The words of the project as values. Nothing here is changed after it is made.
+
+A *strategy* is data: how the server's state begins, and the *phases* of a round. A phase says what is broadcast, what
+each client does with it (its *local* update), how the reports are reduced, and what the server makes of the result.
+The engine owns every loop; a local update is written for one client and is run for a block of clients at once where
+its tensors allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+"""Named tensors: parameters, a gradient, a control variate."""
+
+Payload = dict[str, Tree]
+"""What travels or is remembered: one tree a channel, e.g. ``{"params": …, "control": …}``."""
+
+Metrics = dict[str, Tensor]
+"""Named scalars, shape ()."""
+
+S = TypeVar("S")
+A = TypeVar("A")
+M = TypeVar("M")
+
+
+class Batch(NamedTuple):
+    """Examples of one client. ``weight`` is 1 for an example and 0 for padding; None means that all count."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+
+
+class Task(NamedTuple):
+    """A federated learning task: a model as pure functions of its parameters, and the population that learns it.
+
+    ``predict`` gives logits (batch, …, classes). ``loss`` is the weighted mean over the batch, shape (). ``score``
+    gives sums over a batch: ``count`` (predictions), ``correct`` and ``loss``, each of shape ().
+    """
+
+    init: Callable[[torch.Generator], Tree]
+    predict: Callable[[Tree, Tensor], Tensor]
+    loss: Callable[[Tree, Batch], Tensor]
+    score: Callable[[Tree, Batch], Metrics]
+    classes: int
+    population: int
+    unbatchable: str | None = None  # why a block of clients cannot be stacked, e.g. a layer without a batching rule
+
+
+class Schedule(NamedTuple):
+    """Which batches a client sees: ``epochs`` passes over its examples, or ``steps`` batches from as many as it takes."""
+
+    batch_size: int
+    epochs: int = 1
+    steps: int | None = None
+    shuffle: bool = True
+    split: str = "train"  # or "holdout"
+
+
+class Visit(NamedTuple):
+    """What a client knows about this visit. Tensors have shape (); ``steps`` counts the first pass."""
+
+    round: int
+    examples: Tensor
+    steps: Tensor
+
+
+class Done(NamedTuple):
+    """A client's work, finished: ``value`` travels, ``memory`` stays, ``metrics`` are scalars to be averaged."""
+
+    value: Payload
+    memory: Payload | None
+    metrics: Metrics
+
+
+class Pass(NamedTuple):
+    """One run of the engine's loop: ``step(carry, batch, draw) -> carry`` over the batches of ``schedule``."""
+
+    step: Callable[[Any, Batch, Any], Any]
+    schedule: Schedule
+
+
+class Local(NamedTuple):
+    """One client's work, written for one client.
+
+    init:     (shared, memory, visit) -> carry
+    passes:   run in order over the client's own batches
+    final:    (shared, carry) -> Done
+    remember: (shared, generator) -> the memory of a client that has none yet; None for a client without memory
+    draw:     (shared, generator) -> this step's randomness (noise, masks); steps themselves are deterministic
+    unbatchable: why a block of clients cannot run at once, or None
+    """
+
+    init: Callable[[Payload, Any, Visit], Any]
+    passes: tuple[Pass, ...]
+    final: Callable[[Payload, Any], Done]
+    remember: Callable[[Payload, torch.Generator], Payload] | None = None
+    draw: Callable[[Payload, torch.Generator], Any] | None = None
+    unbatchable: str | None = None
+
+
+class Report(NamedTuple):
+    """All that the server sees of a client."""
+
+    client: int
+    examples: int
+    value: Payload
+    metrics: dict[str, float]
+
+
+class Mean(NamedTuple):
+    """The result of an averaging reduction. With no report at all, ``value`` is empty and ``clients`` is 0."""
+
+    value: Payload
+    metrics: dict[str, float]
+    clients: int
+    examples: int
+
+
+class Reducer(NamedTuple, Generic[A, M]):
+    """A monoid over reports. ``merge`` may use up its arguments: accumulators belong to the engine.
+
+    The engine folds over the positions of the cohort in a tree of fixed shape, so the result depends neither on the
+    order of arrival nor on which worker ran which block. ``finish`` gets None where no client reported.
+    """
+
+    lift: Callable[[Report], A]
+    merge: Callable[[A, A], A]
+    finish: Callable[[A | None], M]
+
+
+class Phase(NamedTuple, Generic[S]):
+    """One exchange: broadcast, local work, reduction, and the server's new state."""
+
+    broadcast: Callable[[S], Payload]
+    local: Local
+    reduce: Reducer[Any, Any]
+    finish: Callable[[S, Any], S]
+
+
+class Strategy(NamedTuple, Generic[S]):
+    """A federated algorithm.
+
+    init:     (generator) -> state, a NamedTuple of trees, tensors and numbers (it is what a checkpoint holds)
+    phases:   the exchanges of a round, in order
+    params:   (state) -> the global model
+    sends:    the channels that a client's value has in each phase: exactly these travel
+    personal: (shared, memory) -> the client's own model, where clients have one; evaluated beside the global model
+    gauges:   (state) -> named numbers to be logged each round (a learning rate, a step size)
+    """
+
+    init: Callable[[torch.Generator], S]
+    phases: tuple[Phase[S], ...]
+    params: Callable[[S], Tree]
+    sends: tuple[frozenset[str], ...]
+    personal: Callable[[Payload, Payload], Tree] | None = None
+    gauges: Callable[[S], dict[str, float]] | None = None
