@@ -1,0 +1,299 @@
+"""The experiment as one frozen, closed value: TOML in, every mistake named at once.
+
+The tables ``[strategy]``, ``[data]``, ``[data.partition]`` and ``[task]`` are parsed by the plugin that they name, with
+the plugin's own ``Config``. An unknown key is an error that suggests the nearest known one.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from fedsim import registry
+from fedsim.errors import ConfigError, did_you_mean
+
+MAX_BYTES = 1 << 20  # a config is written by hand; anything larger is a mistake or an attack
+
+
+class Closed(BaseModel):
+    """Base of every config: frozen, no unknown key, no coercion (``"10"`` is not 10), no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DatasetConfig(Closed):
+    """Base of a data set plugin's own ``Config``."""
+
+    name: str
+
+
+class PartitionConfig(Closed):
+    """Base of a partitioner plugin's own ``Config``."""
+
+    name: str
+
+
+class DataConfig(Closed):
+    """``[data]``: which data, over which clients."""
+
+    dataset: SerializeAsAny[DatasetConfig]
+    partition: SerializeAsAny[PartitionConfig]
+    holdout: float = Field(0.0, ge=0, lt=1, description="share of each client's examples kept as its own test set")
+
+
+class TaskConfig(Closed):
+    """Base of a task plugin's own ``Config``."""
+
+    model: str
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class StrategyConfig(Closed):
+    """Base of a strategy plugin's own ``Config``."""
+
+    name: str
+    cohort: int = Field(10, ge=1, description="clients sampled each round")
+
+
+class EngineConfig(Closed):
+    """``[engine]``: where clients run. ``kind`` and ``workers`` never change a result."""
+
+    kind: Literal["inline", "ray"] = "inline"
+    workers: int = Field(2, ge=1, le=4096, description="processes (ray)")
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    execution: Literal["auto", "plain", "batched"] = Field(
+        "auto", description="one client at a time, or a block of clients as stacked tensors; auto: plain on a CPU"
+    )
+    block: int = Field(8, ge=1, le=4096, description="clients that a worker runs at once; a power of two")
+    paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
+    on_error: Literal["raise", "drop"] = Field("raise", description="what a failing client does to the run")
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> "EngineConfig":
+        if self.block & (self.block - 1):
+            raise ValueError(f"block: must be a power of two (got {self.block})")
+        return self
+
+
+class EvaluateConfig(Closed):
+    """``[evaluate]``: on the central test set, and on clients' own held-out examples where ``data.holdout`` > 0."""
+
+    every: int = Field(1, ge=1)
+    batch_size: int = Field(512, ge=1)
+    clients: int = Field(100, ge=1, description="a fixed sample of at most so many clients is evaluated")
+
+
+class CheckpointConfig(Closed):
+    """``[checkpoint]``: after how many rounds, and how many are kept."""
+
+    every: int = Field(1, ge=1)
+    keep: int = Field(2, ge=1, le=1000)
+
+
+class Experiment(Closed):
+    """A whole experiment. Together with nothing else, it decides every number of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    seed: int = Field(0, ge=0, lt=1 << 64)
+    rounds: int = Field(ge=1, le=10_000_000)
+    data: DataConfig
+    task: SerializeAsAny[TaskConfig]
+    strategy: SerializeAsAny[StrategyConfig]
+    engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def parse(tables: Mapping[str, Any]) -> Experiment:
+    """An experiment from TOML tables. Raises one ``ConfigError`` that lists every problem."""
+    problems: list[str] = []
+    ready: dict[str, Any] = dict(tables)
+
+    data = tables.get("data")
+    if isinstance(data, Mapping):
+        own = {key: data[key] for key in DataConfig.model_fields.keys() & data.keys() - {"dataset", "partition"}}
+        dataset = {key: value for key, value in data.items() if key not in own and key != "partition"}
+        ready["data"] = own | {
+            "dataset": _plugin("datasets", "data.name", dataset, "name", problems),
+            "partition": _plugin("partitioners", "data.partition.name", data.get("partition"), "name", problems),
+        }
+    ready["task"] = _plugin("tasks", "task.model", tables.get("task"), "model", problems)
+    ready["strategy"] = _plugin("strategies", "strategy.name", tables.get("strategy"), "name", problems)
+
+    failed = {key for key in ("task", "strategy") if ready[key] is None}
+    try:
+        experiment = Experiment.model_validate(ready)
+    except ValidationError as e:
+        problems += [p for p in explain(e, Experiment) if p.split(":")[0] not in failed | {"data.dataset", "data.partition"}]
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return experiment
+
+
+def _plugin(group: str, where: str, table: Any, key: str, problems: list[str]) -> BaseModel | None:
+    """Parse a table by the ``Config`` of the plugin that it names; problems are added to the list."""
+    path = where.rpartition(".")[0]
+    if not isinstance(table, Mapping):
+        got = "missing" if table is None else f"must be a table (got {table!r})"
+        problems.append(f"{path}: {got}")
+        return None
+    name = table.get(key)
+    if not isinstance(name, str):
+        problems.append(f"{where}: {'missing' if name is None else f'must be a string (got {name!r})'}")
+        return None
+    try:
+        plugin = registry.load(group, name)
+        return check(plugin.Config, table, path)
+    except ConfigError as e:
+        problems += [p if p.startswith(path) else f"{where}: {p}" for p in e.problems]
+        return None
+
+
+def check(model: type[C], table: Mapping[str, Any], path: str = "") -> C:
+    """Validate a table, with problems as ``path.key: what is wrong (got value)``."""
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as e:
+        raise ConfigError(*explain(e, model, path)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line a problem: where, what is expected, what was found, and the nearest name for a typo."""
+    lines = []
+    for item in error.errors():
+        loc = [str(part) for part in item["loc"]]
+        where = ".".join(([prefix] if prefix else []) + loc)
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, loc[:-1])
+            hint = did_you_mean(loc[-1], known) or (f"; known: {', '.join(sorted(known))}" if known else "")
+            lines.append(f"{where}: unknown key{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+            lines.append(f"{where}.{message}" if where else message)
+        else:
+            message = item["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
+            message = message.replace("less than or equal to", "at most")
+            lines.append(f"{where}: {message[0].lower()}{message[1:]} (got {item['input']!r})")
+    return lines
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The known keys of the table at ``path`` inside ``model``."""
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = next((t for t in _types(field.annotation) if issubclass(t, BaseModel)), None) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> Iterator[type]:
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        for arg in get_args(annotation):
+            yield from _types(arg)
+    elif isinstance(annotation, type):
+        yield annotation
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ``ConfigError`` naming the file for anything that is not one."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory") from None
+    except PermissionError:
+        raise ConfigError(f"{path}: cannot be read") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8") from None
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path}: not valid TOML: {e}") from None
+
+
+def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply ``a.b=value`` to nested tables; values are TOML, and bare words are strings."""
+    result = _copy(tables)
+    for assignment in assignments:
+        path, _, text = assignment.partition("=")
+        *parents, leaf = path.split(".")
+        table = result
+        for part in parents:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path}: '{part}' is not a table")
+        table[leaf] = value(text)
+    return result
+
+
+def sweep(assignments: Sequence[str]) -> list[list[str]]:
+    """The product of overrides with commas: ``seed=1,2 lr=0.1`` gives two lists of assignments."""
+    choices = []
+    for assignment in assignments:
+        path, eq, text = assignment.partition("=")
+        if not eq or not path:
+            raise ConfigError(f"{assignment}: overrides are written key=value")
+        choices.append([f"{path}={part}" for part in _split(text)])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def value(text: str) -> Any:
+    """A TOML value, or the text itself where it is a bare word."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that are outside brackets and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "\"'":
+            quote = c
+        elif c in "[{":
+            depth += 1
+        elif c in "]}":
+            depth -= 1
+        elif c == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def _copy(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(item) if isinstance(item, Mapping) else item for key, item in tables.items()}
+
+
+def dump(experiment: Experiment) -> dict[str, Any]:
+    """The tables that ``parse`` turns into this experiment, with every default written out."""
+    tables = experiment.model_dump(exclude_none=True)
+    data = tables["data"]
+    tables["data"] = data.pop("dataset") | data
+    return tables
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> list[str]:
+    """The dotted keys in which two dumps differ."""
+    out = []
+    for key in sorted(a.keys() | b.keys()):
+        x, y, here = a.get(key), b.get(key), f"{path}{key}"
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            out += differences(x, y, f"{here}.")
+        elif x != y:
+            out.append(here)
+    return out

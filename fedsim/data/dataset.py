@@ -1,0 +1,87 @@
+"""A data set in memory, and the federation of clients that hold it."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedsim.errors import DataError
+from fedsim.rng import Key
+
+Indices = npt.NDArray[np.int64]
+
+
+class Split(NamedTuple):
+    """Examples. ``x`` (N, …) inputs, ``y`` (N,) or (N, T) labels, ``client`` (N,) natural owner of each, if known."""
+
+    x: Tensor
+    y: Tensor
+    client: npt.NDArray[np.str_] | None = None
+
+
+class Dataset(NamedTuple):
+    """A data set. ``classes`` is the number of labels, or the size of the vocabulary for language modelling."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+
+
+class Partition(Protocol):
+    """Which training examples each client holds. Lazy, so that a million clients cost nothing until they are asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, client: int) -> Indices: ...
+
+
+class Federation(NamedTuple):
+    """A data set held by clients, some of each client's examples kept back as its own test set."""
+
+    dataset: Dataset
+    partition: Partition
+    holdout: float
+    key: Key
+
+    def __len__(self) -> int:
+        return len(self.partition)
+
+    def indices(self, client: int, split: str) -> Indices:
+        """The positions in ``dataset.train`` that this client has in ``split`` ("train" or "holdout")."""
+        mine = np.asarray(self.partition[client], dtype=np.int64)
+        if not self.holdout:
+            return mine if split == "train" else mine[:0]
+        # At least one example stays for training, and a client with two or more has at least one held out.
+        kept = min(max(1, round(self.holdout * len(mine))), len(mine) - 1)
+        order = self.key.at("holdout", client).numpy().permutation(len(mine))
+        return mine[np.sort(order[kept:] if split == "train" else order[:kept])]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Federation":
+        """The same federation with its examples on ``device``, floating inputs as ``dtype``."""
+
+        def move(s: Split) -> Split:
+            x = s.x.to(device, dtype) if s.x.is_floating_point() else s.x.to(device)
+            return Split(x, s.y.to(device), s.client)
+
+        data = self.dataset
+        return self._replace(dataset=data._replace(train=move(data.train), test=move(data.test)))
+
+
+def validate(dataset: Dataset) -> Dataset:
+    """Refuse a data set that would only fail later: NaN, labels out of range, lengths that differ."""
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        n, m = len(split.x), len(split.y)
+        if n != m:
+            raise DataError(f"data: {dataset.name} {name} has {n} inputs and {m} labels")
+        if n == 0:
+            raise DataError(f"data: {dataset.name} {name} is empty")
+        if split.x.is_floating_point() and not torch.isfinite(split.x).all():
+            bad = (~torch.isfinite(split.x.reshape(n, -1))).any(1).nonzero()[:, 0]
+            raise DataError(f"data: {dataset.name} {name} has NaN or Inf in {len(bad)} rows (first: row {int(bad[0])})")
+        low, high = int(split.y.min()), int(split.y.max())
+        if low < 0 or high >= dataset.classes:
+            raise DataError(f"data: {dataset.name} {name} has labels {low}..{high}, expected 0..{dataset.classes - 1}")
+    return dataset
