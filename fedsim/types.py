@@ -71,24 +71,24 @@ class Visit(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A client's work, finished: ``value`` travels, ``memory`` stays, ``metrics`` are scalars to be averaged."""
+    """A client's work, finished: ``value`` travels, ``memory`` stays ({}: none), ``metrics`` are scalars to be averaged."""
 
     value: Payload
-    memory: Payload | None
+    memory: Payload
     metrics: Metrics
 
 
 class Pass(NamedTuple):
-    """One run of the engine's loop: ``step(carry, batch, draw) -> carry`` over the batches of ``schedule``."""
+    """One run of the engine's loop: ``step(shared, carry, batch, draw) -> carry`` over the batches of ``schedule``."""
 
-    step: Callable[[Any, Batch, Any], Any]
+    step: Callable[[Payload, Any, Batch, Any], Any]
     schedule: Schedule
 
 
 class Local(NamedTuple):
     """One client's work, written for one client.
 
-    init:     (shared, memory, visit) -> carry
+    init:     (shared, memory, visit) -> carry, a structure of tensors; memory is {} for a client without one
     passes:   run in order over the client's own batches
     final:    (shared, carry) -> Done
     remember: (shared, generator) -> the memory of a client that has none yet; None for a client without memory
@@ -96,7 +96,7 @@ class Local(NamedTuple):
     unbatchable: why a block of clients cannot run at once, or None
     """
 
-    init: Callable[[Payload, Any, Visit], Any]
+    init: Callable[[Payload, Payload, Visit], Any]
     passes: tuple[Pass, ...]
     final: Callable[[Payload, Any], Done]
     remember: Callable[[Payload, torch.Generator], Payload] | None = None
@@ -114,7 +114,7 @@ class Report(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """The result of an averaging reduction. With no report at all, ``value`` is empty and ``clients`` is 0."""
+    """The result of an averaging reduction, in the dtypes that the clients sent."""
 
     value: Payload
     metrics: dict[str, float]
@@ -126,12 +126,13 @@ class Reducer(NamedTuple, Generic[A, M]):
     """A monoid over reports. ``merge`` may use up its arguments: accumulators belong to the engine.
 
     The engine folds over the positions of the cohort in a tree of fixed shape, so the result depends neither on the
-    order of arrival nor on which worker ran which block. ``finish`` gets None where no client reported.
+    order of arrival nor on which worker ran which block. ``finish`` gets None where no client reported; it gives None
+    where there is nothing to learn from, and the server's state then stays as it is.
     """
 
     lift: Callable[[Report], A]
     merge: Callable[[A, A], A]
-    finish: Callable[[A | None], M]
+    finish: Callable[[A | None], M | None]
 
 
 class Phase(NamedTuple, Generic[S]):

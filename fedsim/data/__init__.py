@@ -1,1 +1,52 @@
-"""Data sets, and how they are partitioned over clients."""
+"""Data sets, and how they are partitioned over clients.
+
+A data set plugin is a module or object with ``Config`` (a ``DatasetConfig``) and ``build(config) -> Dataset``; a
+partitioner has ``Config`` (a ``PartitionConfig``) and ``build(config, dataset, key) -> Partition``. Ours are entry
+points of ``fedsim.datasets`` and ``fedsim.partitioners``. Your own data needs no entry point: with this in ``mine.py``,
+next to where `fedsim` is called, ``[data] name = "mine:scans"`` loads it::
+
+    class Config(DatasetConfig):
+        folder: str = "scans"
+
+    class scans:
+        Config = Config
+
+        @staticmethod
+        def build(config: Config) -> Dataset: ...
+"""
+
+import numpy as np
+
+from fedsim import registry
+from fedsim.config import DataConfig
+from fedsim.data.dataset import Dataset, Federation, Partition, validate
+from fedsim.errors import DataError
+from fedsim.rng import Key
+
+# A partition may be lazy and have a million clients, so a mistake of its author is looked for in a few of them.
+SPOT_CHECKS = 256
+
+
+def federation(config: DataConfig, seed: int) -> Federation:
+    """The data set of ``[data]``, partitioned by the stream "partition" of ``seed``.
+
+    Raises ``DataError``: the data is not here, is broken, or cannot be partitioned as asked.
+    """
+    dataset = validate(registry.load("datasets", config.dataset.name).build(config.dataset))
+    partitioner = registry.load("partitioners", config.partition.name)
+    partition = partitioner.build(config.partition, dataset, Key.root(seed).at("partition"))
+    _check(config.partition.name, partition, dataset)
+    return Federation(dataset, partition, config.holdout, Key.root(seed).at("data"))
+
+
+def _check(name: str, partition: Partition, dataset: Dataset) -> None:
+    """Refuse a partition without clients, or whose clients (a few are looked at) are empty or point outside the data."""
+    clients, examples = len(partition), len(dataset.train.y)
+    if clients == 0:
+        raise DataError(f"data.partition.name: {name} made no client")
+    for client in np.unique(np.linspace(0, clients - 1, SPOT_CHECKS, dtype=np.int64)).tolist():
+        indices = np.asarray(partition[client])
+        if len(indices) == 0:
+            raise DataError(f"data.partition.name: {name} leaves client {client} of {clients} without examples")
+        if indices.min() < 0 or indices.max() >= examples:
+            raise DataError(f"data.partition.name: {name} gives client {client} examples outside 0..{examples - 1}")

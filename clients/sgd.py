@@ -1,0 +1,160 @@
+"""Local SGD and Adam, written for one client.
+
+    g ← ∇F_k(w; batch) + λ w + correction        (λ: weight decay)
+    sgd:   m ← μ m + g,  w ← w − η m
+    adam:  m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,
+           w ← w − η/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + ε)
+
+The formulas are those of ``torch.optim.SGD`` and ``torch.optim.Adam``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fedsim import tree
+from fedsim.autodiff import value_and_grad
+from fedsim.config import Closed, StrategyConfig
+from fedsim.types import Batch, Done, Local, Pass, Payload, Schedule, Task, Tree, Visit
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+class Exponential(Closed):
+    """η · factor^(round−1)."""
+
+    name: Literal["exponential"]
+    factor: float = Field(gt=0, le=1)
+
+
+class Cosine(Closed):
+    """η · (1 + cos(π · min(round−1, rounds)/rounds)) / 2."""
+
+    name: Literal["cosine"]
+    rounds: int = Field(ge=1)
+
+
+class Steps(Closed):
+    """η · factor^⌊(round−1)/every⌋."""
+
+    name: Literal["step"]
+    every: int = Field(ge=1)
+    factor: float = Field(gt=0, le=1)
+
+
+class SgdConfig(StrategyConfig):
+    """What every strategy with local gradient steps is told."""
+
+    lr: float = Field(0.1, gt=0, description="η, the clients' learning rate")
+    lr_schedule: Annotated[Exponential | Cosine | Steps, Field(discriminator="name")] | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: int | None = Field(None, ge=1, description="passes over the client's examples; 1 where nothing is said")
+    steps: int | None = Field(None, ge=1, description="batches a visit, instead of epochs")
+    batch_size: int = Field(32, ge=1)
+    weighting: Literal["examples", "uniform"] = Field("examples", description="what the mean over clients weighs by")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "SgdConfig":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs: give either epochs or steps (got both)")
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError(f"momentum: belongs to optimizer 'sgd' (got {self.momentum} with 'adam')")
+        return self
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.batch_size, self.epochs or 1, self.steps)
+
+    def rate(self, round: int) -> float:
+        """η in this round (rounds are counted from 1)."""
+        match self.lr_schedule:
+            case Exponential(factor=factor):
+                return self.lr * float(factor) ** (round - 1)
+            case Cosine(rounds=rounds):
+                return self.lr * (1 + math.cos(math.pi * min(round - 1, rounds) / rounds)) / 2
+            case Steps(every=every, factor=factor):
+                return self.lr * float(factor) ** ((round - 1) // every)
+            case None:
+                return self.lr
+
+
+class Carry(NamedTuple):
+    """A client in the middle of its local steps. Tensors without a name have shape ()."""
+
+    params: Tree
+    moments: Payload  # the optimizer's: {} | {"m"} | {"m", "v"}
+    memory: Payload
+    rate: Tensor  # η of this round
+    step: Tensor  # steps taken
+    loss: Tensor  # Σ over steps of the batch's mean loss · its examples
+    examples: Tensor
+
+
+def sgd(
+    task: Task,
+    config: SgdConfig,
+    correction: Callable[[Payload, Payload, Tree], Tree] | None = None,
+    final: Callable[[Payload, Carry], Done] | None = None,
+    remember: Callable[[Payload, torch.Generator], Payload] | None = None,
+) -> Local:
+    """Local steps from ``shared["params"]``.
+
+    ``correction(shared, memory, w)`` is added to every gradient (FedProx's pull, SCAFFOLD's control variates).
+    ``final`` makes what is sent; without it, {"delta": w_k − w}.
+    """
+    loss_and_grad = value_and_grad(task.loss)
+
+    def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
+        w = shared["params"]
+        zero = next(iter(w.values())).new_zeros(())
+        moments = {"m": tree.zeros(w)} if config.momentum or config.optimizer == "adam" else {}
+        if config.optimizer == "adam":
+            moments["v"] = tree.zeros(w)
+        return Carry(w, moments, memory, zero + config.rate(visit.round), zero, zero, zero)
+
+    def step(shared: Payload, c: Carry, batch: Batch, draw: None) -> Carry:
+        loss, g = loss_and_grad(c.params, batch)
+        if config.weight_decay:
+            g = tree.axpy(config.weight_decay, c.params, g)
+        if correction:
+            g = tree.add(g, correction(shared, c.memory, c.params))
+        t = c.step + 1
+        direction, moments = _direction(config, g, c.moments, t)
+        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
+        return c._replace(
+            params=tree.axpy(-c.rate, direction, c.params),
+            moments=moments,
+            step=t,
+            loss=c.loss + loss.detach() * n,
+            examples=c.examples + n,
+        )
+
+    return Local(init, (Pass(step, config.schedule()),), final or send_delta, remember, None, task.unbatchable)
+
+
+def send_delta(shared: Payload, c: Carry) -> Done:
+    """Δ_k = w_k − w."""
+    return Done({"delta": tree.sub(c.params, shared["params"])}, {}, train_metrics(c))
+
+
+def train_metrics(c: Carry) -> dict[str, Tensor]:
+    """The mean loss over the examples of this visit, as each was seen before its step."""
+    return {"train_loss": c.loss / c.examples.clamp(min=1)}
+
+
+def _direction(config: SgdConfig, g: Tree, moments: Payload, t: Tensor) -> tuple[Tree, Payload]:
+    """What the parameters move along, and the new moments."""
+    if config.optimizer == "adam":
+        m = tree.axpy(1 - BETA1, g, tree.scale(BETA1, moments["m"]))
+        v = tree.map(lambda vi, gi: BETA2 * vi + (1 - BETA2) * gi * gi, moments["v"], g)
+        c1, c2 = 1 - BETA1**t, (1 - BETA2**t).sqrt()
+        return tree.map(lambda mi, vi: mi / (vi.sqrt() / c2 + EPS) / c1, m, v), {"m": m, "v": v}
+    if config.momentum:
+        m = tree.axpy(config.momentum, moments["m"], g)
+        return m, {"m": m}
+    return g, {}

@@ -1,0 +1,127 @@
+"""The seam between algorithms and fast formulations: the value and the gradient of a loss.
+
+A local update is written for one client and calls ``value_and_grad(task.loss)``. How the gradient is computed depends
+on how the engine runs that client, and an algorithm never knows:
+
+    one client      ordinary autograd on detached leaves: the fastest plain step on a CPU
+    a block         under ``torch.vmap`` all clients at once: the loss's own lowered formulation where it has one
+                    (``loss.block``), else one ordinary backward pass through the stacked loss
+    anything else   other ``torch.func`` transforms around or inside (per-example gradients, second derivatives):
+                    composed by ``torch.func`` itself, slower and just as right
+
+For a block, Σ_k f(w_k) is differentiated once: client k's parameters enter the k-th term alone, so the gradient of the
+sum by w_k is that client's own gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transformed  # what autograd.Function.apply itself asks
+
+from fedsim.types import Batch, Tree
+
+Loss = Callable[[Tree, Batch], Tensor]
+
+
+class Block(Protocol):
+    """A loss's own formulation for K clients at once, found as its attribute ``block``.
+
+    ``params`` [K, …], ``batch`` [K, B, …] (``weight`` [K, B] or None) -> values [K] and gradients [K, …]. It must not
+    change its arguments, and client k's results must depend on client k's slices alone.
+    """
+
+    def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]: ...
+
+
+def value_and_grad(loss: Loss) -> Callable[[Tree, Batch], tuple[Tensor, Tree]]:
+    """The function (params, batch) -> (value of shape (), gradient with the names of ``params``).
+
+    A parameter that the loss does not use has gradient 0. Nothing is changed, and the results are detached unless a
+    ``torch.func`` transform or a parameter that requires grad asks for derivatives of them.
+    """
+
+    def compute(params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+        if transformed() or _differentiated(params.values()):
+            value, *grads = _ValueAndGrad.apply(loss, tuple(params), *batch, *params.values())
+            return value, dict(zip(params, grads, strict=True))
+        return _backward(loss, params, batch)
+
+    return compute
+
+
+def _backward(loss: Loss, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+    """One ordinary backward pass; a loss of shape (K,) gives the gradient of each entry by its own parameters."""
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        value = loss(leaves, batch)
+        total = value.sum() if value.ndim else value
+        grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return value.detach(), dict(zip(params, grads, strict=True))
+
+
+def _differentiated(tensors: Any) -> bool:
+    """Whether ordinary autograd is recording what is done with these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+
+
+class _ValueAndGrad(torch.autograd.Function):
+    """(loss, names, x, y, weight, *params) -> (value, *grads), as one operation that transforms compose with."""
+
+    @staticmethod
+    def forward(loss: Loss, names: tuple[str, ...], x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor) -> Any:
+        value, grads = _backward(loss, dict(zip(names, params, strict=True)), Batch(x, y, weight))
+        return value, *grads.values()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.loss, ctx.names, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        """Second derivatives: the pull-back of (value, gradient) by the parameters, the inputs and the weights."""
+        tensors = ctx.saved_tensors
+        active = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+
+        def recompute(*variables: Tensor) -> tuple[Tensor, ...]:
+            new = dict(zip(active, variables, strict=True))
+            x, y, weight, *params = (new.get(i, t) for i, t in enumerate(tensors))
+            return _grad_and_value(ctx.loss, ctx.names)(x, y, weight, *params)
+
+        _, pull = torch.func.vjp(recompute, *(tensors[i] for i in active))
+        by = dict(zip(active, pull(cotangents), strict=True))
+        return None, None, *(by.get(i) for i in range(len(tensors)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], loss: Loss, names: tuple[str, ...], *tensors: Tensor) -> Any:
+        size, dims = info.batch_size, in_dims[2:]
+        if transformed() or _differentiated(tensors):
+            batched = torch.vmap(_grad_and_value(loss, names), in_dims=dims, randomness=info.randomness)
+            return batched(*tensors), (0,) * (1 + len(names))
+
+        def stack(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        x, y, weight = (None if t is None else stack(t, d) for t, d in zip(tensors[:3], dims[:3], strict=True))
+        params = {name: stack(t, d) for name, t, d in zip(names, tensors[3:], dims[3:], strict=True)}
+        assert x is not None and y is not None
+        block: Block | None = getattr(loss, "block", None)
+        if block is not None:
+            values, grads = block(params, Batch(x, y, weight))
+        else:
+            over = (dict.fromkeys(names, 0), Batch(0, 0, None if weight is None else 0))  # type: ignore[arg-type]
+            stacked = torch.vmap(loss, in_dims=over, randomness=info.randomness)
+            values, grads = _backward(stacked, params, Batch(x, y, weight))
+        return (values, *(grads[name] for name in names)), (0,) * (1 + len(names))
+
+
+def _grad_and_value(loss: Loss, names: tuple[str, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """``torch.func``'s own formulation, which composes with every transform; flat arguments and results."""
+
+    def flat(x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
+        grads, value = torch.func.grad_and_value(loss)(dict(zip(names, params, strict=True)), Batch(x, y, weight))
+        return value, *(grads[name] for name in names)
+
+    return flat

@@ -1,0 +1,245 @@
+"""Checkpoints: written whole or not at all, verified when read, never a pickle.
+
+A value (named tuples, dicts, lists, numbers, tensors, arrays) is one safetensors file: its tensors, and its structure as
+JSON in the header. A checkpoint is a folder that appears by one rename. Clients' memories are files of their own,
+written when they change, so that a checkpoint costs O(cohort) and not O(population).
+
+    checkpoint/round-00000012/manifest.json  state.safetensors
+    checkpoint/clients/7-12.safetensors            what client 7 remembers since round 12
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fedsim.errors import ResumeError
+from fedsim.memory import Memory
+
+log = logging.getLogger("fedsim")
+
+FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on as if it had never stopped."""
+
+    round: int
+    config: dict[str, Any]
+    state: Any
+    memory: dict[int, Any]
+    extra: dict[str, Any]
+
+
+def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The structure of a value as JSON; its tensors are added to ``tensors``. ``TypeError`` for what is not a value."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Tensor() | np.ndarray():
+            name = str(len(tensors))
+            numpy = isinstance(value, np.ndarray)
+            tensors[name] = (torch.from_numpy(value.copy()) if numpy else value.detach().cpu()).clone().contiguous()
+            return {"array" if numpy else "tensor": name}
+        case np.generic():
+            return encode(value.item(), tensors)
+        case bytes():
+            return {"bytes": value.hex()}
+        case tuple() if hasattr(value, "_fields"):
+            return {"named": type(value).__qualname__, "fields": [encode(v, tensors) for v in value]}
+        case tuple():
+            return {"tuple": [encode(v, tensors) for v in value]}
+        case list():
+            return {"list": [encode(v, tensors) for v in value]}
+        case Mapping():
+            return {"dict": [[encode(k, tensors), encode(v, tensors)] for k, v in value.items()]}
+    raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__} cannot be put in a checkpoint")
+
+
+def decode(structure: Any, tensors: Mapping[str, Tensor], named: Mapping[str, type]) -> Any:
+    """The value of a structure. ``named`` gives the named tuples that may occur, by qualified name."""
+    if not isinstance(structure, dict):
+        return structure
+    match structure:
+        case {"tensor": str(name)}:
+            return tensors[name]
+        case {"array": str(name)}:
+            return tensors[name].numpy()
+        case {"bytes": str(text)}:
+            return bytes.fromhex(text)
+        case {"named": str(name), "fields": list(fields)}:
+            if name not in named:
+                raise ResumeError(f"the checkpoint holds a '{name}', which this strategy does not have")
+            return named[name](*(decode(f, tensors, named) for f in fields))
+        case {"tuple": list(items)}:
+            return tuple(decode(i, tensors, named) for i in items)
+        case {"list": list(items)}:
+            return [decode(i, tensors, named) for i in items]
+        case {"dict": list(items)}:
+            return {decode(k, tensors, named): decode(v, tensors, named) for k, v in items}
+    raise ResumeError("the checkpoint has an unknown structure")
+
+
+def named_tuples(value: Any) -> dict[str, type]:
+    """The named-tuple classes inside a value, by qualified name."""
+    return {type(v).__qualname__: type(v) for v in _walk(value) if hasattr(v, "_fields")}
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    yield value
+    if isinstance(value, Mapping):
+        for v in value.values():
+            yield from _walk(v)
+    elif isinstance(value, tuple | list):
+        for v in value:
+            yield from _walk(v)
+
+
+def pack(value: Any) -> bytes:
+    """A value as the bytes of one safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    structure = encode(value, tensors)
+    return to_bytes(tensors, metadata={"structure": json.dumps(structure)})
+
+
+def unpack(path: Path, named: Mapping[str, type]) -> Any:
+    """The value in a file. Raises ``ResumeError`` for anything that ``pack`` did not make."""
+    try:
+        with safe_open(str(path), "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            return decode(json.loads((f.metadata() or {})["structure"]), tensors, named)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
+        raise ResumeError(f"{path}: damaged ({type(e).__name__})") from e
+
+
+def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file whole or not at all: a neighbour is written, flushed to the disk, and renamed over it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make renames inside a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Store:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._since: dict[int, int] = {}  # client -> the round in which its memory was last written
+
+    def save(
+        self, round: int, config: Mapping[str, Any], state: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> None:
+        """Write the checkpoint of a round; older ones beyond ``keep`` go, and memories that none of them needs."""
+        clients = self._folder / "clients"
+        clients.mkdir(parents=True, exist_ok=True)
+        for client in sorted(memory.changed):
+            write(clients / f"{client}-{round}.safetensors", pack(memory.get(client)))
+            self._since[client] = round
+        packed = pack(state)
+        manifest = {
+            "format": FORMAT,
+            "round": round,
+            "config": config,
+            "sha256": {"state.safetensors": sha256(packed).hexdigest()},
+            "memory": self._since,
+            "extra": dict(extra),
+        }
+        final = self._folder / f"round-{round:08d}"
+        temporary = self._folder / f".round-{round:08d}.tmp"
+        for stale in (final, temporary):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary / "state.safetensors", packed)
+        write(temporary / "manifest.json", json.dumps(manifest).encode())
+        os.rename(temporary, final)
+        sync(self._folder)
+        memory.changed.clear()
+        self._forget()
+
+    def load(self, named: Mapping[str, type]) -> Checkpoint:
+        """The newest checkpoint that is whole. Raises ``ResumeError`` where there is none."""
+        reasons = []
+        for folder in sorted(self._folder.glob("round-*"), reverse=True):
+            try:
+                found = self._read(folder, named)
+            except ResumeError as e:
+                reasons.append(str(e))
+                log.warning("%s; trying an older checkpoint", e)
+                continue
+            return found
+        raise ResumeError(reasons[0] if reasons else f"{self._folder}: no checkpoint to resume from")
+
+    def peek(self) -> dict[str, Any]:
+        """The config of the newest checkpoint whose manifest can be read, without its tensors."""
+        for folder in sorted(self._folder.glob("round-*"), reverse=True):
+            try:
+                return dict(_manifest(folder)["config"])
+            except ResumeError as e:
+                log.warning("%s; trying an older checkpoint", e)
+        raise ResumeError(f"{self._folder}: no checkpoint to resume from")
+
+    def _read(self, folder: Path, named: Mapping[str, type]) -> Checkpoint:
+        manifest = _manifest(folder)
+        for name, digest in manifest["sha256"].items():
+            try:
+                data = (folder / name).read_bytes()
+            except OSError as e:
+                raise ResumeError(f"{folder / name}: {e.strerror}") from e
+            if sha256(data).hexdigest() != digest:
+                raise ResumeError(f"{folder / name}: damaged (its checksum differs)")
+        since = {int(client): int(round) for client, round in manifest["memory"].items()}
+        memory = {c: unpack(self._folder / "clients" / f"{c}-{r}.safetensors", named) for c, r in since.items()}
+        state = unpack(folder / "state.safetensors", named)
+        self._since = since
+        return Checkpoint(manifest["round"], manifest["config"], state, memory, manifest["extra"])
+
+    def _forget(self) -> None:
+        kept = sorted(self._folder.glob("round-*"))
+        for folder in kept[: -self._keep]:
+            shutil.rmtree(folder)
+        needed = set()
+        for folder in kept[-self._keep :]:
+            needed |= {f"{c}-{r}.safetensors" for c, r in _manifest(folder)["memory"].items()}
+        for path in (self._folder / "clients").iterdir():
+            if path.name not in needed:
+                path.unlink()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, with the keys of this format."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise ResumeError(f"{path}: damaged ({type(e).__name__})") from e
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else "none"
+        raise ResumeError(f"{path}: written in format {found}, this version reads {FORMAT}")
+    missing = {"round", "config", "sha256", "memory", "extra"} - manifest.keys()
+    if missing:
+        raise ResumeError(f"{path}: damaged (no {', '.join(sorted(missing))})")
+    return manifest

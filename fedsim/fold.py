@@ -1,0 +1,69 @@
+"""Folding reports in a tree whose shape is fixed by the cohort alone.
+
+Floating-point sums depend on the order of their terms. Here the terms are the positions 0..n-1 of the cohort, and they
+are combined in a binary tree over those positions. Who computed a position, and when it arrived, has no influence; a
+worker that runs an aligned run of 2^k positions sends back one node of the tree. Memory is O(log n) accumulators when
+positions arrive about in order.
+"""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+A = TypeVar("A")
+
+
+class Node(NamedTuple, Generic[A]):
+    """The combination of positions ``[index << level, (index + 1) << level)``; None where nobody reported."""
+
+    level: int
+    index: int
+    value: A | None
+
+
+class Fold(Generic[A]):
+    """Combines nodes, in any order of arrival, into the root over positions 0..n-1."""
+
+    def __init__(self, n: int, merge: Callable[[A, A], A]) -> None:
+        self._n, self._merge = n, merge
+        self._waiting: dict[tuple[int, int], A | None] = {}
+        self._root: A | None = None
+        self._seen = 0
+
+    def add(self, node: Node[A]) -> None:
+        """Put in a node. A position may be covered once only; a second time is a ``ValueError``."""
+        level, index, value = node
+        covered = min((index + 1) << level, self._n) - (index << level)
+        if (level, index) in self._waiting or covered <= 0 or self._seen + covered > self._n:
+            raise ValueError(f"positions of node {level}/{index} were already folded, or are outside the cohort")
+        self._seen += covered
+        while 1 << level < self._n:
+            sibling = index ^ 1
+            if sibling << level < self._n:  # else the sibling lies outside the cohort, and the node moves up alone
+                if (level, sibling) not in self._waiting:
+                    self._waiting[level, index] = value
+                    return
+                other = self._waiting.pop((level, sibling))
+                left, right = (other, value) if sibling < index else (value, other)
+                value = left if right is None else right if left is None else self._merge(left, right)
+            level, index = level + 1, index >> 1
+        self._root = value
+
+    def result(self) -> A | None:
+        """The combination of all positions. ``ValueError`` where some are missing."""
+        if self._seen != self._n:
+            raise ValueError(f"{self._n - self._seen} of {self._n} positions are missing")
+        return self._root
+
+
+def leaves(values: list[A | None], start: int, merge: Callable[[A, A], A], n: int) -> list[Node[A]]:
+    """The fewest nodes that cover positions ``start … start + len(values)`` of a cohort of n.
+
+    For an aligned block (``start`` a multiple of a power of two that is at least the length) that is one node.
+    """
+    level = max(len(values) - 1, 0).bit_length()
+    if start % (1 << level) or (len(values) < 1 << level and start + len(values) < n):
+        return [Node(0, start + i, value) for i, value in enumerate(values)]
+    fold = Fold(len(values), merge)
+    for i, value in enumerate(values):
+        fold.add(Node(0, i, value))
+    return [Node(level, start >> level, fold.result())]

@@ -1,0 +1,143 @@
+"""The edge to Flower: every private name of flwr that we need is used in this file, and nowhere else.
+
+``tests/grids/test_flower.py`` fails loudly when an upgrade of flwr moves one of them.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsim.types import Payload, Tree
+
+SERVER_NODE = 1
+RUN_ID = 1
+
+
+def identify() -> None:
+    """Name this process to Flower; without that a ``Message`` cannot be made outside its own runtime."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+
+
+def number(message: Message, id: str) -> Message:
+    """Give a message the id that a SuperLink would give it."""
+    message.metadata.__dict__["_message_id"] = id
+    return message
+
+
+def to_record(tree: Tree) -> ArrayRecord:
+    """Named tensors as Flower sends them."""
+    return ArrayRecord({name: Array(x.detach().cpu().numpy()) for name, x in tree.items()})
+
+
+def to_tree(record: ArrayRecord, like: Tree | None = None) -> Tree:
+    """Named tensors from Flower's arrays, with shapes and dtypes checked against ``like`` where it is given."""
+    tree = {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+    if like is not None:
+        if tree.keys() != like.keys():
+            raise ValueError(f"arrays differ in names: {sorted(tree.keys() ^ like.keys())}")
+        for name, x in tree.items():
+            if x.shape != like[name].shape:
+                raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(like[name].shape)}")
+        tree = {name: x.to(like[name].dtype) for name, x in tree.items()}
+    return tree
+
+
+def to_records(payload: Payload) -> RecordDict:
+    """One ArrayRecord a channel."""
+    return RecordDict({channel: to_record(part) for channel, part in payload.items()})
+
+
+def to_payload(records: RecordDict) -> Payload:
+    """The channels of a content or a state."""
+    return {channel: to_tree(record) for channel, record in records.array_records.items()}
+
+
+def to_value(records: RecordDict) -> dict[str, Any]:
+    """A node's state as a value that a checkpoint can hold."""
+    return {
+        name: {"arrays": to_tree(r)} if isinstance(r, ArrayRecord) else {type(r).__name__: dict(r)}
+        for name, r in records.items()
+    }
+
+
+def from_value(value: Mapping[str, Any]) -> RecordDict:
+    """The inverse of ``to_value``."""
+    kinds = {"ConfigRecord": ConfigRecord, "MetricRecord": MetricRecord}
+    records = RecordDict()
+    for name, item in value.items():
+        ((kind, content),) = item.items()
+        records[name] = to_record(content) if kind == "arrays" else kinds[kind](content)
+    return records
+
+
+class MessageGrid(Grid):
+    """A Flower ``Grid`` over numbered clients: node ``client + 2`` is client ``client`` (1 is the server).
+
+    A subclass says how messages are executed; this class speaks the protocol.
+    """
+
+    def __init__(self, population: int, run_config: Mapping[str, Any] | None = None) -> None:
+        identify()
+        self._population = population
+        self._run_config = dict(run_config or {})
+        self._run = Run.create_empty(RUN_ID)
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+
+    @abstractmethod
+    def execute(self, messages: list[Message]) -> list[Message]:
+        """The replies to messages, in their order; a client that fails replies with an error."""
+
+    def node(self, client: int) -> int:
+        return client + 2
+
+    def client(self, node: int) -> int:
+        return node - 2
+
+    def context(self, client: int, state: RecordDict) -> Context:
+        """What Flower tells a node about itself."""
+        config = {"partition-id": client, "num-partitions": self._population}
+        return Context(RUN_ID, self.node(client), config, state, self._run_config)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(2, self._population + 2)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Execute messages at once; their replies wait to be pulled."""
+        batch = list(messages)
+        for message in batch:
+            self._sent += 1
+            number(message, f"message-{self._sent}")
+        for message, reply in zip(batch, self.execute(batch), strict=True):
+            self._replies[message.metadata.message_id] = reply
+        return [message.metadata.message_id for message in batch]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(id) for id in message_ids if id in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+
+def error_reply(message: Message, reason: str) -> Message:
+    """Tell the server that a client failed."""
+    return Message(Error(code=2, reason=reason), reply_to=message)

@@ -1,0 +1,72 @@
+"""Reductions: how the reports of a cohort become one value."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+
+from fedsim.types import Mean, Payload, Reducer, Report
+
+Weighting = Literal["examples", "uniform"]
+
+
+class Sum(NamedTuple):
+    """A weighted sum in float64, and what it takes to make a mean of it."""
+
+    value: Payload
+    dtypes: dict[str, dict[str, torch.dtype]]
+    weight: float
+    metrics: dict[str, float]
+    measured: float  # what the metrics are weighted by: always the number of examples
+    clients: int
+    examples: int
+
+
+def weighted_mean(
+    weighting: Weighting = "examples", gauge: Callable[[Report], dict[str, float]] | None = None
+) -> Reducer[Sum, Mean]:
+    """Σ pₖ xₖ / Σ pₖ with pₖ the client's number of examples, or 1.
+
+    Sums are in float64, so the mean of equal values is that value, bit for bit. ``gauge`` adds numbers that the server
+    works out from each report, averaged with the weights pₖ.
+    """
+
+    def lift(report: Report) -> Sum:
+        weight = float(report.examples) if weighting == "examples" else 1.0
+        gauges = gauge(report) if gauge else {}
+        return Sum(
+            {c: {n: x.double().mul_(weight) for n, x in part.items()} for c, part in report.value.items()},
+            {c: {n: x.dtype for n, x in part.items()} for c, part in report.value.items()},
+            weight,
+            {n: v * report.examples for n, v in report.metrics.items()} | {n: v * weight for n, v in gauges.items()},
+            float(report.examples),
+            1,
+            report.examples,
+        )
+
+    def merge(a: Sum, b: Sum) -> Sum:
+        for channel, part in a.value.items():
+            for name, x in part.items():
+                x.add_(b.value[channel][name])
+        return Sum(
+            a.value,
+            a.dtypes,
+            a.weight + b.weight,
+            {n: v + b.metrics[n] for n, v in a.metrics.items()},
+            a.measured + b.measured,
+            a.clients + b.clients,
+            a.examples + b.examples,
+        )
+
+    def finish(s: Sum | None) -> Mean | None:
+        if s is None or s.weight == 0:
+            return None
+        value = {c: {n: (x / s.weight).to(s.dtypes[c][n]) for n, x in part.items()} for c, part in s.value.items()}
+        return Mean(value, {n: v / max(s.measured, 1.0) for n, v in s.metrics.items()}, s.clients, s.examples)
+
+    return Reducer(lift, merge, finish)
+
+
+def collect() -> Reducer[tuple[Report, ...], tuple[Report, ...]]:
+    """All reports, in order of position. Memory is O(cohort): for rules that need every update, and for metrics."""
+    return Reducer(lambda report: (report,), lambda a, b: a + b, lambda all: all)
