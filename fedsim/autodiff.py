@@ -44,7 +44,7 @@ def value_and_grad(loss: Loss) -> Callable[[Tree, Batch], tuple[Tensor, Tree]]:
 
     def compute(params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         if transformed() or _differentiated(params.values()):
-            value, *grads = _ValueAndGrad.apply(loss, tuple(params), *batch, *params.values())
+            value, *grads = _ValueAndGrad.apply(loss, tuple(params), *batch, *params.values())  # type: ignore[no-untyped-call]
             return value, dict(zip(params, grads, strict=True))
         return _backward(loss, params, batch)
 
@@ -70,7 +70,9 @@ class _ValueAndGrad(torch.autograd.Function):
     """(loss, names, x, y, weight, *params) -> (value, *grads), as one operation that transforms compose with."""
 
     @staticmethod
-    def forward(loss: Loss, names: tuple[str, ...], x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor) -> Any:
+    def forward(
+        loss: Loss, names: tuple[str, ...], x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor
+    ) -> Any:
         value, grads = _backward(loss, dict(zip(names, params, strict=True)), Batch(x, y, weight))
         return value, *grads.values()
 
@@ -90,7 +92,7 @@ class _ValueAndGrad(torch.autograd.Function):
             x, y, weight, *params = (new.get(i, t) for i, t in enumerate(tensors))
             return _grad_and_value(ctx.loss, ctx.names)(x, y, weight, *params)
 
-        _, pull = torch.func.vjp(recompute, *(tensors[i] for i in active))
+        pull = torch.func.vjp(recompute, *(tensors[i] for i in active))[1]
         by = dict(zip(active, pull(cotangents), strict=True))
         return None, None, *(by.get(i) for i in range(len(tensors)))
 

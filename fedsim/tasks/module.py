@@ -4,28 +4,37 @@ Parameters are named as ``module.named_parameters()`` names them. Those with ``r
 are constants of the task: they are drawn from one fixed stream, so that every worker and every run has the same ones,
 and they are not in the tree and do not travel.
 
-Randomness. Modules are initialised, and dropout is drawn, by PyTorch's global generator. ``seeded`` lends it out: inside, it
-is seeded from a named stream; afterwards it is as it was. ``init`` does so by itself. A model with dropout says so in
-``unbatchable``, hence its clients run one by one, and whoever runs one wraps the visit in ``seeded(generator)`` with the
-client's own stream. ``loss`` is the model in training mode (dropout on), ``predict`` and ``score`` in evaluation mode.
+Randomness. Modules are initialised, and dropout is drawn, by PyTorch's global generator. ``seeded`` lends it out:
+inside, it is seeded from a named stream; afterwards it is as it was. ``init`` does so by itself. A model with dropout
+says so in ``unbatchable``, hence its clients run one by one, and whoever runs one wraps the whole visit in
+``seeded(generator)`` with that client's own stream. ``loss`` is the model in training mode (dropout on), ``predict``
+and ``score`` are the model in evaluation mode.
 """
 
 import copy
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from math import prod
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.autodiff import value_and_grad
+from fedsim.config import TaskConfig
+from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
 from fedsim.types import Batch, Metrics, Task, Tree
+
+Size = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]  # a width that a config may ask for
+_Slot = tuple[dict[str, Any], str, str]  # a submodule's dictionary of parameters, the key there, the parameter's name
 
 
 @contextmanager
@@ -65,10 +74,10 @@ def from_module(
     Raises ``ConfigError``: not an ``nn.Module``, no trainable parameter, layers that keep statistics or change their
     buffers, logits of the wrong shape, or any exception of the model's own.
     """
-    with seeded(Key.root(0).at("task", "constants").torch()):
+    with seeded(_constants()):
         prototype = _checked(make()).to(dtype)
-    names = [name for name, p in prototype.named_parameters() if p.requires_grad]
-    call = _Functional(prototype, names)
+    call = _Functional(prototype)
+    names = call.names
 
     def init(generator: torch.Generator) -> Tree:
         with seeded(generator):
@@ -87,10 +96,37 @@ def from_module(
     def score(params: Tree, batch: Batch) -> Metrics:
         return scores(predict(params, batch.x), batch)
 
-    tiny = Batch(_float(example[0][:1], dtype), example[1][:1])
-    start = {name: p.detach() for name, p in prototype.named_parameters() if name in names}
-    _try(prototype, predict, loss, start, tiny, classes)
+    x, y = example[0][:1].cpu(), example[1][:1].cpu()
+    tiny = Batch(x.to(dtype) if x.is_floating_point() else x, y)
+    start = {name: p.detach() for name, p in prototype.named_parameters() if p.requires_grad}
+    _try(call, predict, loss, start, tiny, classes)
     return Task(init, predict, loss, score, classes, population, _unbatchable(loss, start, tiny))
+
+
+def from_dataset(make: Callable[[], nn.Module], config: TaskConfig, dataset: Dataset, population: int) -> Task:
+    """``from_module`` with the data set's classes and its first training example."""
+    first = dataset.train.x[:1], dataset.train.y[:1]
+    return from_module(make, dataset.classes, population, getattr(torch, config.dtype), first)
+
+
+def features(dataset: Dataset) -> int:
+    """The number of inputs of an example, flattened. Raises ``ConfigError`` where they are not floating numbers."""
+    x = dataset.train.x
+    if not x.is_floating_point():
+        raise ConfigError(f"task.model: needs floating inputs, and {dataset.name} has {x.dtype}")
+    return prod(x.shape[1:])
+
+
+def image(dataset: Dataset) -> tuple[int, int, int]:
+    """Channels, height and width. Raises ``ConfigError`` where an example is not (H, W) or (C, H, W)."""
+    features(dataset)
+    shape = tuple(dataset.train.x.shape[1:])
+    if len(shape) not in (2, 3):
+        raise ConfigError(
+            f"task.model: needs images (H, W) or (C, H, W), and {dataset.name} has inputs of shape {shape}"
+        )
+    channels, height, width = (1, *shape)[-3:]
+    return channels, height, width
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -120,13 +156,115 @@ def scores(logits: Tensor, batch: Batch) -> Metrics:
 class _Functional:
     """Calls a module with given parameters, as ``torch.func.functional_call`` does, at a fraction of its overhead.
 
-    Each thread has a copy of the module, since a call puts the parameters into it for as long as it runs.
+    A call puts the parameters into the module for as long as it runs, so each thread has its own copy, one for each
+    mode and device. A copy holds constants alone: where parameters belong there are placeholders without memory.
     """
 
-    def __init__(self, module: nn.Module, names: list[str]) -> None:
-        self._prototype, self._names, self._threads = module, names, threading.local()
+    def __init__(self, module: nn.Module) -> None:
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        for slots, key, name in _slots(prototype := copy.deepcopy(module)):
+            slots[key] = nn.Parameter(torch.empty_like(module.get_parameter(name), device="meta"))
+        self._prototype, self._copies = prototype, threading.local()
+
+    def bound(self, device: torch.device, training: bool) -> tuple[nn.Module, list[_Slot]]:
+        """This thread's copy on this device in this mode, and the places of its parameters."""
+        key = f"{device}:{training}"
+        found: tuple[nn.Module, list[_Slot]] | None = getattr(self._copies, key, None)
+        if found is None:
+            module = copy.deepcopy(self._prototype).train(training)
+            for part in module.modules():
+                for name, constant in part.named_parameters(recurse=False):
+                    if not constant.requires_grad:
+                        part._parameters[name] = nn.Parameter(constant.to(device), requires_grad=False)
+                for name, buffer in part.named_buffers(recurse=False):
+                    part._buffers[name] = buffer.to(device)
+            found = module, _slots(module)
+            setattr(self._copies, key, found)
+        return found
 
     def __call__(self, params: Tree, x: Tensor, training: bool) -> Tensor:
-        if params.keys() != self._keys:
-            raise ValueError
-        ...
+        if len(params) != len(self.names):
+            raise ValueError(f"parameters differ in {sorted(params.keys() ^ set(self.names))}")
+        module, slots = self.bound(next(iter(params.values())).device, training)
+        kept = [parameters[key] for parameters, key, _ in slots]
+        try:
+            for parameters, key, name in slots:
+                parameters[key] = params[name]
+            logits: Tensor = module(x)
+        finally:
+            for (parameters, key, _), placeholder in zip(slots, kept, strict=True):
+                parameters[key] = placeholder
+        return logits
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    """Every place that holds a trainable parameter, with the parameter's name; tied ones have several places."""
+    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    return [
+        (part._parameters, key, names[id(p)])
+        for part in module.modules()
+        for key, p in part._parameters.items()
+        if id(p) in names
+    ]
+
+
+def _checked(module: Any) -> nn.Module:
+    """Refuse what can be seen to be wrong without running it."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"task.model: must return an nn.Module (got {type(module).__name__})")
+    for name, part in module.named_modules():
+        kind = type(part).__name__
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) or getattr(part, "track_running_stats", False):
+            # Statistics of a batch are not a function of the parameters, and padding would be part of them.
+            raise ConfigError(f"task.model: layer '{name}' ({kind}) keeps statistics of its batches; use nn.GroupNorm")
+        if any(nn.parameter.is_lazy(p) for p in part.parameters(recurse=False)):
+            raise ConfigError(f"task.model: layer '{name}' ({kind}) has no shape yet; give its input size")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("task.model: has no trainable parameter")
+    return module
+
+
+def _try(call: _Functional, predict: Any, loss: Any, params: Tree, tiny: Batch, classes: int) -> None:
+    """Predict and differentiate one example. Raises ``ConfigError`` for whatever goes wrong."""
+    shape = tuple(tiny.x.shape)
+    trained, _ = call.bound(torch.device("cpu"), training=True)
+    before = {name: b.clone() for name, b in trained.named_buffers()}
+    try:
+        with seeded(_constants()):
+            with torch.no_grad():
+                logits = predict(params, tiny.x)
+            got, expected = getattr(logits, "shape", type(logits).__name__), (*tiny.y.shape, classes)
+            if got != expected:
+                got = tuple(got) if isinstance(got, torch.Size) else got
+                raise ConfigError(f"task.model: gives {got} for an input of shape {shape}, expected {expected}")
+            value_and_grad(loss)(params, tiny)
+    except ConfigError:
+        raise
+    except Exception as e:
+        reason = str(e).partition("\n")[0]
+        raise ConfigError(f"task.model: fails for an input of shape {shape}: {type(e).__name__}: {reason}") from e
+    for name, b in trained.named_buffers():
+        if not torch.equal(b, before[name]):
+            raise ConfigError(
+                f"task.model: changes its buffer '{name}' while training; a task has no state but parameters"
+            )
+
+
+def _unbatchable(loss: Callable[[Tree, Batch], Tensor], params: Tree, tiny: Batch) -> str | None:
+    """Why a block of clients cannot be stacked, found by trying it with two clients of one example; or None."""
+    stacked = {name: p.expand(2, *p.shape) for name, p in params.items()}
+    batch = Batch(tiny.x.expand(2, *tiny.x.shape), tiny.y.expand(2, *tiny.y.shape), torch.ones(2, 1))
+    try:
+        with seeded(_constants()), warnings.catch_warnings():
+            # Without a batching rule some layers fall back to a loop with this warning: one by one is as fast.
+            warnings.filterwarnings("error", message=".*batching rule")
+            torch.vmap(value_and_grad(loss), in_dims=(dict.fromkeys(params, 0), Batch(0, 0, 0)))(stacked, batch)  # type: ignore[arg-type]
+    except Exception as e:
+        if "random" in str(e):
+            return "draws random numbers while training (dropout)"
+        return str(e).partition("\n")[0].partition(". ")[0][:160]
+    return None
+
+
+def _constants() -> torch.Generator:
+    return Key.root(0).at("task", "constants").torch()
