@@ -149,9 +149,10 @@ class Strategy(NamedTuple, Generic[S]):
 
     init:     (generator) -> state, a NamedTuple of trees, tensors and numbers (it is what a checkpoint holds)
     phases:   the exchanges of a round, in order
-    params:   (state) -> the global model
+    params:   (state) -> the shared model, which the run ends with
     sends:    the channels that a client's value has in each phase: exactly these travel
     personal: (shared, memory) -> the client's own model, where clients have one; evaluated beside the global model
+    is_global: whether ``params`` is a model of the task, to be evaluated on the central test set
     gauges:   (state) -> named numbers to be logged each round (a learning rate, a step size)
     """
 
@@ -160,4 +161,5 @@ class Strategy(NamedTuple, Generic[S]):
     params: Callable[[S], Tree]
     sends: tuple[frozenset[str], ...]
     personal: Callable[[Payload, Payload], Tree] | None = None
+    is_global: bool = True
     gauges: Callable[[S], dict[str, float]] | None = None

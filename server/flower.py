@@ -1,0 +1,166 @@
+"""Our strategies as Flower's: a ``Strategy`` value runs wherever a ``flwr.serverapp.strategy.Strategy`` does.
+
+On our own grids a phase is one call for the whole cohort; on any other Flower ``Grid`` it is a message a client.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedsim import tree
+from fedsim.block import Work
+from fedsim.fold import Fold, Node
+from fedsim.grids.flower import to_payload, to_record, to_records
+from fedsim.grids.inline import Outcome
+from fedsim.rng import Key
+from fedsim.types import Phase, Reducer, Report, Strategy
+from fedsim.worker import Failure
+from server.loop import Native, rounds
+
+EXAMPLES = "num-examples"
+
+
+class Messages:
+    """Runs a phase over any Flower Grid. ``node`` gives the node of a client; by default nodes in order of their id."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        node: Callable[[int], int] | None = None,
+        timeout: float | None = None,
+        canonical: Callable[[Sequence[int]], list[int]] = lambda cohort: sorted(set(cohort)),
+        on_failure: Callable[[tuple[Failure, ...], Work], None] = lambda failures, work: None,
+    ) -> None:
+        self._grid, self._timeout = grid, timeout
+        self._node = node or (lambda client: sorted(grid.get_node_ids())[client])
+        self._canonical, self._on_failure = canonical, on_failure
+
+    def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
+        clients = self._canonical(cohort)
+        nodes = {self._node(client): i for i, client in enumerate(clients)}
+        content = to_records(work.shared)
+        content["fedsim"] = ConfigRecord({"round": work.round, "phase": work.phase})
+        kind = "evaluate" if work.phase < 0 else "train"
+        out = [Message(content, node, kind, group_id=str(work.round)) for node in nodes]
+        reports: list[Report | None] = [None] * len(clients)
+        failures = {client: Failure(client, "no reply in time") for client in clients}
+        for reply in self._grid.send_and_receive(out, timeout=self._timeout):
+            position = nodes.get(reply.metadata.src_node_id)
+            if position is None or reports[position] is not None:
+                continue  # a node that was not asked, or a second answer: it counts once
+            client = clients[position]
+            report = _report(client, reply)
+            if isinstance(report, Failure):
+                failures[client] = report
+            else:
+                reports[position] = report
+                del failures[client]
+        self._on_failure(tuple(failures.values()), work)
+        fold: Fold[Any] = Fold(len(clients), reduce.merge)
+        for i, report in enumerate(reports):
+            fold.add(Node(0, i, None if report is None else reduce.lift(report)))
+        done = [r for r in reports if r is not None]
+        return Outcome(
+            fold.result() if clients else None,
+            len(done),
+            sum(r.examples for r in done),
+            len(clients) * tree.nbytes(work.shared),
+            sum(tree.nbytes(r.value) for r in done),
+            tuple(sorted(failures.values())),
+        )
+
+
+def _report(client: int, reply: Message) -> Report | Failure:
+    """A client's report from its reply, or what is wrong with it."""
+    if reply.has_error():
+        return Failure(client, reply.error.reason)
+    metrics = dict(reply.content.metric_records["metrics"])
+    examples = int(metrics.pop(EXAMPLES))  # type: ignore[arg-type]
+    value = to_payload(reply.content)
+    for channel, part in value.items():
+        if not tree.finite(part):
+            return Failure(client, f"NaN or Inf in its update ({channel})")
+    return Report(client, examples, value, {n: float(v) for n, v in metrics.items()})  # type: ignore[arg-type]
+
+
+class AsFlower(FlowerStrategy):
+    """One of our strategies, for Flower.
+
+    ``start`` runs every strategy on every grid. The four hooks of Flower's own loop (used by Flower's wrappers) exist
+    for strategies of one phase; others raise ``NotImplementedError`` there.
+    """
+
+    def __init__(self, strategy: Strategy[Any], seed: int, cohort: int) -> None:
+        self._strategy, self._key, self._cohort = strategy, Key.root(seed), cohort
+        self._state: Any = strategy.init(self._key.at("init").torch())
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run ``num_rounds`` rounds. The seed decides where the model starts; ``initial_arrays`` is not used."""
+        executor = grid if hasattr(grid, "map") else Messages(grid, timeout=timeout)
+        population = len(list(grid.get_node_ids()))
+        driver = Native(self._strategy, executor, self._key, population, self._cohort)  # type: ignore[arg-type]
+        result = Result()
+        for done in rounds(driver, self._state, 1, num_rounds, lambda _: False):
+            self._state = done.state
+            result.arrays = to_record(self._strategy.params(done.state))
+            result.train_metrics_clientapp[done.number] = MetricRecord(dict(done.trained.metrics))
+            if evaluate_fn and (measured := evaluate_fn(done.number, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[done.number] = measured
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        phase = self._only_phase()
+        nodes = sorted(grid.get_node_ids())
+        chosen = self._key.at("cohort", server_round).numpy().choice(len(nodes), self._cohort, replace=False)
+        content = to_records(phase.broadcast(self._state))
+        content["fedsim"] = ConfigRecord({"round": server_round, "phase": 0})
+        return [Message(content, nodes[i], "train", group_id=str(server_round)) for i in sorted(chosen.tolist())]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        phase = self._only_phase()
+        answered = sorted(replies, key=lambda r: r.metadata.src_node_id)
+        reports = [r for r in (_report(m.metadata.src_node_id, m) for m in answered) if isinstance(r, Report)]
+        fold: Fold[Any] = Fold(len(reports), phase.reduce.merge)
+        for i, report in enumerate(reports):
+            fold.add(Node(0, i, phase.reduce.lift(report)))
+        result = phase.reduce.finish(fold.result() if reports else None)
+        if result is None:
+            return None, None
+        self._state = phase.finish(self._state, result)
+        return to_record(self._strategy.params(self._state)), MetricRecord(dict(result.metrics))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        """Nothing: a run prints its resolved config."""
+
+    def _only_phase(self) -> Phase[Any]:
+        if len(self._strategy.phases) != 1:
+            raise NotImplementedError("a round of several exchanges needs start(); Flower's hooks know one exchange")
+        return self._strategy.phases[0]
+
+
+__all__ = ["AsFlower", "Messages", "RecordDict"]

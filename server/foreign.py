@@ -1,0 +1,267 @@
+"""Any Flower strategy as a server of ours: named in the config, with its arguments, reproducible and resumable.
+
+    [strategy]
+    name = "flwr.serverapp.strategy:FedAdam"
+    args = { eta = 0.01, tau = 1e-3 }
+    cohort = 10                                  # and what the clients do: lr, epochs, batch_size …
+
+Flower samples nodes with the global ``random``, and its privacy wrappers draw from the global numpy generator. Both are
+lent a stream of ours while a strategy's hooks run. What a strategy keeps in its attributes is part of the checkpoint.
+"""
+
+import importlib
+import inspect
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from pydantic import Field
+
+from clients.sgd import SgdConfig
+from fedsim import tree
+from fedsim.block import Work
+from fedsim.checkpoint import encode
+from fedsim.config import EngineConfig
+from fedsim.errors import ConfigError, FedsimError, did_you_mean
+from fedsim.grids.flower import to_record, to_tree
+from fedsim.grids.inline import Executor, check
+from fedsim.rng import Key
+from fedsim.types import Local, Task, Tree
+from fedsim.worker import Failure, reason
+from server.loop import ClientScore, Panel, Trained, score_clients
+
+
+class Config(SgdConfig):
+    """What a Flower strategy and its clients are told."""
+
+    args: dict[str, Any] = Field(default_factory=dict, description="the strategy's own arguments")
+
+
+class Foreign(NamedTuple):
+    """A Flower strategy that has not been made yet."""
+
+    cls: type[FlowerStrategy]
+    config: Config
+
+    def make(self, population: int) -> FlowerStrategy:
+        """The strategy object; cohort and population become its sampling arguments."""
+        return _make(self.cls, self.config.args, self.config.cohort, population, "strategy.args")
+
+
+class Plugin(NamedTuple):
+    """What the registry gives for a class."""
+
+    cls: type[FlowerStrategy]
+    Config: type[Config]
+
+    def build(self, config: Config, task: Task) -> Foreign:
+        return Foreign(self.cls, config)
+
+
+def plugin(name: str, cls: type) -> Plugin:
+    """A class as a strategy plugin. Raises ``ConfigError`` for a class that is not one of Flower's strategies."""
+    if not issubclass(cls, FlowerStrategy) or inspect.isabstract(cls):
+        raise ConfigError(f"'{name}' is not a strategy: neither a module with Config and build, nor a Flower Strategy")
+    return Plugin(cls, Config)
+
+
+def _make(cls: type[FlowerStrategy], args: Mapping[str, Any], cohort: int, population: int, path: str) -> FlowerStrategy:
+    known = list(inspect.signature(cls).parameters)
+    for name in args:
+        if name not in known:
+            raise ConfigError(f"{path}.{name}: unknown argument of {cls.__name__}{did_you_mean(name, known)}")
+    sampling = {
+        "fraction_train": cohort / population,
+        "min_train_nodes": cohort,
+        "min_available_nodes": cohort,
+        "fraction_evaluate": 0.0,
+        "min_evaluate_nodes": 0,
+    }
+    given = {name: value for name, value in sampling.items() if name in known and name not in args}
+    for name, value in args.items():
+        nested = isinstance(value, Mapping) and isinstance(value.get("name"), str) and ":" in value["name"]
+        given[name] = _nested(value, cohort, population, f"{path}.{name}") if nested else value
+    try:
+        return cls(**given)
+    except Exception as e:
+        raise ConfigError(f"{path}: {cls.__name__} refused its arguments: {reason(e)}") from e
+
+
+def _nested(table: Mapping[str, Any], cohort: int, population: int, path: str) -> FlowerStrategy:
+    """A strategy inside a strategy's arguments, as Flower's privacy wrappers take one."""
+    module, _, attribute = table["name"].partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"{path}.name: '{table['name']}' cannot be loaded: {reason(e)}") from e
+    return _make(cls, table.get("args", {}), cohort, population, f"{path}.args")
+
+
+class State(NamedTuple):
+    """The model, and what the strategy's object remembers: its attributes that are data."""
+
+    w: Tree
+    attributes: dict[str, Any]
+
+
+class Driver:
+    """The server around a Flower strategy: its hooks, called as Flower's own loop calls them."""
+
+    def __init__(
+        self,
+        foreign: Foreign,
+        task: Task,
+        grid: Grid,
+        engine: EngineConfig,
+        key: Key,
+        population: int,
+        local: Local,
+        executor: Executor,
+        panel: Panel | None = None,
+    ) -> None:
+        self._foreign, self._task, self._grid, self._engine = foreign, task, grid, engine
+        self._key, self._population, self._local = key, population, local
+        self._executor, self._panel = executor, panel
+        self._strategy = foreign.make(population)
+        self._current: dict[str, Any] | None = None  # the attributes that the object has now
+
+    def begin(self) -> State:
+        return State(self._task.init(self._key.at("init").torch()), remember(self._strategy))
+
+    def train(self, state: State, round: int) -> tuple[State, Trained]:
+        if state.attributes is not self._current:
+            restore(self._strategy, state.attributes)
+        config = ConfigRecord({"server-round": round})
+        with self._lent("train", round):
+            out = list(self._strategy.configure_train(round, to_record(state.w), config, self._grid))
+        replies, failures = self._sorted(list(self._grid.send_and_receive(out)), round)
+        with self._lent("aggregate", round):
+            try:
+                arrays, measured = self._strategy.aggregate_train(round, replies)
+            except Exception as e:
+                raise FedsimError(f"{type(self._strategy).__name__} failed in round {round}: {reason(e)}") from e
+        metrics = _numbers(measured)
+        metrics |= {f"federated_{n}": v for n, v in self._evaluated(state, arrays, round).items()}
+        self._current = remember(self._strategy)
+        w = state.w if arrays is None else to_tree(arrays, like=state.w)
+        if not tree.finite(w):
+            raise FedsimError(f"{type(self._strategy).__name__} made a model with NaN or Inf in round {round}")
+        trained = Trained(
+            metrics,
+            len(replies),
+            sum(_examples(r) for r in replies),
+            sum(_bytes(m) for m in out),
+            sum(_bytes(r) for r in replies),
+            failures,
+        )
+        return State(w, self._current), trained
+
+    def evaluate(self, state: State, round: int) -> tuple[ClientScore, ...] | None:
+        if self._panel is None:
+            return None
+        shared = {"params": state.w, "model": state.w}
+        return score_clients(self._executor, self._panel, shared, round, self._key, self._population)
+
+    def params(self, state: State) -> Tree:
+        return state.w
+
+    def gauges(self, state: State) -> dict[str, float]:
+        return {}
+
+    def _evaluated(self, state: State, arrays: ArrayRecord | None, round: int) -> dict[str, float]:
+        """Flower's federated evaluation, where the strategy's arguments ask for it."""
+        config = ConfigRecord({"server-round": round})
+        with self._lent("evaluate", round):
+            out = list(self._strategy.configure_evaluate(round, arrays or to_record(state.w), config, self._grid))
+        if not out:
+            return {}
+        replies, _ = self._sorted(list(self._grid.send_and_receive(out)), round)
+        return _numbers(self._strategy.aggregate_evaluate(round, replies))
+
+    def _sorted(self, replies: list[Message], round: int) -> tuple[list[Message], tuple[Failure, ...]]:
+        """Replies in order of node, those that failed apart, by the run's policy."""
+        work = Work(round, 0, self._local, {}, self._key)
+        good, bad = [], []
+        for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+            client = reply.metadata.src_node_id - 2
+            if reply.has_error():
+                bad.append(Failure(client, reply.error.reason))
+            elif not all(tree.finite(to_tree(r)) for r in reply.content.array_records.values()):
+                bad.append(Failure(client, "NaN or Inf in its update"))
+            else:
+                good.append(reply)
+        check(bad, self._engine, work)
+        return good, tuple(bad)
+
+    @contextmanager
+    def _lent(self, purpose: str, round: int) -> Iterator[None]:
+        """Seed the global generators from a named stream, and give them back as they were."""
+        before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002
+        draw = self._key.at("flower", purpose, round).numpy().integers(1 << 32)
+        random.seed(int(draw))
+        np.random.seed(int(draw))  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)  # noqa: NPY002
+
+
+def remember(strategy: FlowerStrategy) -> dict[str, Any]:
+    """The attributes of a strategy that are data, copied. Raises ``ConfigError`` for state that cannot be saved."""
+    out: dict[str, Any] = {}
+    for name, value in vars(strategy).items():
+        if isinstance(value, FlowerStrategy):
+            out[name] = {"strategy": remember(value)}
+        elif isinstance(value, ArrayRecord):
+            out[name] = {"record": to_tree(value)}
+        elif callable(value):
+            continue  # an argument: the config gives it again
+        elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+            out[name] = {"state_dict": value.state_dict()}
+        else:
+            try:
+                encode(value, {})
+            except TypeError as e:
+                raise ConfigError(
+                    f"strategy.name: {type(strategy).__name__}.{name} cannot be saved, so no run could resume: {e}"
+                ) from e
+            out[name] = {"value": value}
+    return out
+
+
+def restore(strategy: FlowerStrategy, attributes: Mapping[str, Any]) -> None:
+    """Give a new strategy object the attributes that an earlier one had."""
+    for name, item in attributes.items():
+        match item:
+            case {"strategy": inner}:
+                restore(getattr(strategy, name), inner)
+            case {"record": arrays}:
+                setattr(strategy, name, to_record(arrays))
+            case {"state_dict": state}:
+                getattr(strategy, name).load_state_dict(state)
+            case {"value": value}:
+                setattr(strategy, name, value)
+
+
+def _numbers(record: Mapping[str, Any] | None) -> dict[str, float]:
+    return {n: float(v) for n, v in (record or {}).items() if isinstance(v, int | float)}
+
+
+def _examples(reply: Message) -> int:
+    return sum(int(r.get("num-examples", 0)) for r in reply.content.metric_records.values())  # type: ignore[arg-type]
+
+
+def _bytes(message: Message) -> int:
+    """Bytes of the arrays of a message, by shape and type: as ``tree.nbytes`` counts them."""
+    records: RecordDict = message.content
+    return sum(
+        int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize
+        for r in records.array_records.values()
+        for a in r.values()
+    )

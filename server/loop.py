@@ -1,0 +1,139 @@
+"""The loop over rounds. Every run goes through it: our strategies and strangers', in one process or many."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from fedsim.block import Work
+from fedsim.grids.inline import Executor
+from fedsim.rng import Key
+from fedsim.types import Local, Strategy, Tree
+from fedsim.worker import Failure
+from server import sampling
+from server.reduce import collect
+
+S = TypeVar("S")
+
+
+class Trained(NamedTuple):
+    """What a round of training took: mean client metrics, counts summed over its phases, and what failed."""
+
+    metrics: dict[str, float]
+    clients: int
+    examples: int
+    bytes_down: int
+    bytes_up: int
+    failures: tuple[Failure, ...]
+
+
+class ClientScore(NamedTuple):
+    """A client's own evaluation: its number, its held-out examples, and its metrics."""
+
+    client: int
+    examples: int
+    metrics: dict[str, float]
+
+
+class Round(NamedTuple, Generic[S]):
+    """A finished round, numbered from 1. ``scores`` are None where clients were not evaluated."""
+
+    number: int
+    state: S
+    trained: Trained
+    scores: tuple[ClientScore, ...] | None
+    seconds: float
+
+
+class Driver(Protocol[S]):
+    """What the loop needs of a server: ours (``Native``) or one around a Flower strategy (``server.foreign``)."""
+
+    def begin(self) -> S: ...
+    def train(self, state: S, round: int) -> tuple[S, Trained]: ...
+    def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None: ...
+    def params(self, state: S) -> Tree: ...
+    def gauges(self, state: S) -> dict[str, float]: ...
+
+
+def rounds(
+    driver: Driver[S], state: S, first: int, last: int, evaluate: Callable[[int], bool]
+) -> Iterator[Round[S]]:
+    """Train and evaluate rounds ``first … last``, from ``state``. The caller records, saves, and may stop."""
+    for number in range(first, last + 1):
+        began = time.perf_counter()
+        state, trained = driver.train(state, number)
+        scores = driver.evaluate(state, number) if evaluate(number) else None
+        yield Round(number, state, trained, scores, time.perf_counter() - began)
+
+
+class Panel(NamedTuple):
+    """Who is evaluated on its own examples, and how."""
+
+    local: Local
+    clients: int
+
+
+class Native(Generic[S]):
+    """The server of one of our strategies."""
+
+    def __init__(
+        self,
+        strategy: Strategy[S],
+        executor: Executor,
+        key: Key,
+        population: int,
+        cohort: int,
+        panel: Panel | None = None,
+    ) -> None:
+        self._strategy, self._executor, self._key = strategy, executor, key
+        self._population, self._cohort, self._panel = population, cohort, panel
+
+    def begin(self) -> S:
+        return self._strategy.init(self._key.at("init").torch())
+
+    def train(self, state: S, round: int) -> tuple[S, Trained]:
+        cohort = sampling.uniform(self._key.at("cohort", round), self._population, self._cohort)
+        return run_round(self._strategy, state, round, cohort, self._executor, self._key)
+
+    def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None:
+        if self._panel is None:
+            return None
+        shared = dict(self._strategy.phases[0].broadcast(state))
+        if self._strategy.is_global:
+            shared["model"] = self._strategy.params(state)
+        return score_clients(self._executor, self._panel, shared, round, self._key, self._population)
+
+    def params(self, state: S) -> Tree:
+        return self._strategy.params(state)
+
+    def gauges(self, state: S) -> dict[str, float]:
+        return self._strategy.gauges(state) if self._strategy.gauges else {}
+
+
+def run_round(
+    strategy: Strategy[S], state: S, round: int, cohort: list[int], executor: Executor, key: Key
+) -> tuple[S, Trained]:
+    """One round: every phase is broadcast, worked on, reduced, and taken into the state."""
+    metrics: dict[str, float] = {}
+    clients = examples = down = up = 0
+    failures: list[Failure] = []
+    for i, phase in enumerate(strategy.phases):
+        work = Work(round, i, phase.local, phase.broadcast(state), key)
+        outcome = executor.map(work, cohort, phase.reduce)
+        result: Any = phase.reduce.finish(outcome.folded)
+        if result is not None:
+            state = phase.finish(state, result)
+            metrics |= getattr(result, "metrics", {})
+        clients, examples = max(clients, outcome.clients), max(examples, outcome.examples)
+        down, up = down + outcome.bytes_down, up + outcome.bytes_up
+        failures += outcome.failures
+    return state, Trained(metrics, clients, examples, down, up, tuple(failures))
+
+
+def score_clients(
+    executor: Executor, panel: Panel, shared: dict[str, Tree], round: int, key: Key, population: int
+) -> tuple[ClientScore, ...]:
+    """Evaluate the panel: a sample of clients that is the same in every round."""
+    chosen = sampling.uniform(key.at("panel"), population, min(panel.clients, population))
+    work = Work(round, -1, panel.local, shared, key)
+    reports = executor.map(work, chosen, collect()).folded or ()
+    return tuple(sorted(ClientScore(r.client, r.examples, r.metrics) for r in reports if r.examples))
