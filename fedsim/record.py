@@ -236,7 +236,7 @@ def gauges(lines: Iterable[Line]) -> list[str]:
 
 def tag(key: str) -> str:
     """TensorBoard's name of a key."""
-    return TAGS.get(key) or ("eval/" if key.startswith(PER_CLIENT) else "server/") + key
+    return TAGS.get(key) or (f"eval/{key}" if key.startswith(PER_CLIENT) else f"server/{key.removeprefix('server_')}")
 
 
 class Events:
