@@ -23,11 +23,10 @@ def evaluation(task: Task, strategy: Strategy[Any], batch_size: int) -> Local:
     personal, is_global = strategy.personal, strategy.is_global
 
     def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
-        zero = visit.examples.new_zeros((), dtype=next(iter(next(iter(shared.values())).values())).dtype)
+        own = personal(shared, memory) if personal else {}
+        zero = next(iter((own or shared["model"]).values())).new_zeros(())
         none = {"count": zero, "correct": zero, "loss": zero}
-        return Carry(
-            personal(shared, memory) if personal else {}, none if is_global else {}, none if personal else {}
-        )
+        return Carry(own, none if is_global else {}, none if personal else {})
 
     def step(shared: Payload, c: Carry, batch: Batch, draw: None) -> Carry:
         return Carry(

@@ -101,8 +101,9 @@ def sgd(
     correction: Callable[[Payload, Payload, Tree], Tree] | None = None,
     final: Callable[[Payload, Carry], Done] | None = None,
     remember: Callable[[Payload, torch.Generator], Payload] | None = None,
+    start: Callable[[Payload, Payload], Tree] = lambda shared, memory: shared["params"],
 ) -> Local:
-    """Local steps from ``shared["params"]``.
+    """Local steps from ``start(shared, memory)``, which is the broadcast model.
 
     ``correction(shared, memory, w)`` is added to every gradient (FedProx's pull, SCAFFOLD's control variates).
     ``final`` makes what is sent; without it, {"delta": w_k − w}.
@@ -110,7 +111,7 @@ def sgd(
     loss_and_grad = value_and_grad(task.loss)
 
     def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
-        w = shared["params"]
+        w = start(shared, memory)
         zero = next(iter(w.values())).new_zeros(())
         moments = {"m": tree.zeros(w)} if config.momentum or config.optimizer == "adam" else {}
         if config.optimizer == "adam":

@@ -5,7 +5,7 @@
     w   ← w + η_s Δ                                    (η_s = 1 is FedAvg)
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from server.reduce import weighted_mean
 
 
 class Config(SgdConfig):
-    name: Literal["fedavg"] = "fedavg"
+    name: str = "fedavg"
     server_lr: float = Field(1.0, gt=0, description="η_s, the server's step along the mean update")
 
 

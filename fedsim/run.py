@@ -1,0 +1,284 @@
+"""A run from its config: build everything, then write. The only module that puts kernel, clients and server together."""
+
+import fcntl
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+
+from clients.app import client_app
+from clients.evaluate import evaluation
+from clients.sgd import sgd
+from fedsim import checkpoint, config, data, record, registry, tree
+from fedsim.block import Work
+from fedsim.config import Experiment
+from fedsim.data.dataset import Federation
+from fedsim.errors import ConfigError, FedsimError, ResumeError
+from fedsim.grids.inline import Executor, InlineGrid, Order, canonical, check
+from fedsim.memory import Memory
+from fedsim.rng import Key
+from fedsim.tasks import metrics
+from fedsim.types import Strategy, Task
+from fedsim.worker import Failure
+from server import foreign
+from server.flower import Messages
+from server.loop import Driver, Native, Panel, Round, rounds
+
+log = logging.getLogger("fedsim")
+
+FREE = {"rounds", "checkpoint.every", "checkpoint.keep"}  # may change at a resume: they decide no number of a round
+
+
+class Session(NamedTuple):
+    """An experiment, built and ready to run. Nothing has been written."""
+
+    experiment: Experiment
+    federation: Federation
+    task: Task
+    driver: Driver[Any]
+    memory: Memory
+
+
+def build(experiment: Experiment, order: Order | None = None) -> Session:
+    """Everything that a run needs. Raises ``ConfigError`` (``DataError``) for what only data can tell."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    engine = experiment.engine
+    dtype = torch.float64 if experiment.task.dtype == "float64" else torch.float32
+    federation = data.federation(experiment.data, experiment.seed).to(device(engine.device), dtype)
+    population = len(federation)
+    if experiment.strategy.cohort > population:
+        raise ConfigError(
+            f"strategy.cohort: must be at most {population}, the number of clients (got {experiment.strategy.cohort})"
+        )
+    task: Task = registry.load("tasks", experiment.task.model).build(experiment.task, federation.dataset, population)
+    strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
+    key, memory = Key.root(experiment.seed), Memory()
+
+    if isinstance(strategy, foreign.Foreign):
+        return Session(experiment, federation, task, _foreign(experiment, federation, task, strategy, memory, order), memory)
+
+    local = evaluation(task, strategy, experiment.evaluate.batch_size)
+    panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
+    app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, key)
+    grid = InlineGrid(federation, engine, memory, app, order)
+    driver = Native(strategy, executor(experiment, federation, grid), key, population, experiment.strategy.cohort, panel)
+    return Session(experiment, federation, task, driver, memory)
+
+
+def executor(experiment: Experiment, federation: Federation, grid: InlineGrid) -> Executor:
+    """The grid's fast path, or real Flower messages over it."""
+    if experiment.engine.paths == "fast":
+        return grid
+
+    def on_failure(failures: tuple[Failure, ...], work: Work) -> None:
+        check(failures, experiment.engine, work)
+
+    return Messages(grid, grid.node, canonical=lambda cohort: canonical(cohort, federation), on_failure=on_failure)
+
+
+def _foreign(
+    experiment: Experiment,
+    federation: Federation,
+    task: Task,
+    strategy: foreign.Foreign,
+    memory: Memory,
+    order: Order | None,
+) -> foreign.Driver:
+    """The driver of a Flower strategy. Its clients do local SGD; a "proximal-mu" in its messages is honoured."""
+
+    def pull(mu: float) -> Any:
+        return lambda shared, memory, w: tree.scale(mu, tree.sub(w, shared["params"]))
+
+    def local(settings: Mapping[str, Any]) -> Any:
+        mu = float(settings.get("proximal-mu", 0.0))
+        return sgd(task, strategy.config, pull(mu) if mu else None)
+
+    plain = local({})
+    # The global model is evaluated as that of a strategy of ours with this local update would be.
+    shape: Strategy[Any] = Strategy(lambda g: None, (_Phase(plain),), lambda s: {}, ())  # type: ignore[arg-type]
+    scorer = evaluation(task, shape, experiment.evaluate.batch_size)
+    panel = Panel(scorer, experiment.evaluate.clients) if experiment.data.holdout else None
+    key = Key.root(experiment.seed)
+    app = client_app(federation, lambda phase: scorer, key, local, scorer if experiment.data.holdout else None)
+    grid = InlineGrid(federation, experiment.engine, memory, app, order)
+    return foreign.Driver(strategy, task, grid, experiment.engine, key, len(federation), plain, grid, panel)
+
+
+class _Phase(NamedTuple):
+    local: Any
+
+
+def device(name: str) -> torch.device:
+    """The device of a config's name. Raises ``ConfigError`` where a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device: 'cuda' was asked for, but torch sees no GPU here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def run(
+    experiment: Experiment,
+    out: Path,
+    *,
+    resume: bool = False,
+    show: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    order: Order | None = None,
+) -> dict[str, Any]:
+    """Run an experiment into a folder, and return its summary (``summary.json``).
+
+    Raises ``ConfigError`` before anything is written. A run that fails later leaves a summary with status "failed" and
+    its last checkpoint; ``resume`` continues from there to the same bits.
+    """
+    clock = time.perf_counter()
+    check_folder(out, resume)
+    if resume:
+        check_same(experiment, out)
+    session = build(experiment, order)
+    state, done = session.driver.begin(), 0
+    with lock(out):
+        store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
+        if resume and any((out / "checkpoint").glob("round-*")):
+            found = store.load(checkpoint.named_tuples(state))
+            state, done = found.state, found.round
+            session.memory.update(found.memory)
+            session.memory.changed.clear()
+        began = (out / record.METRICS).exists()
+        opened = record.reopen(out, done, clock=clock) if began else record.create(out, config.dump(experiment), clock=clock)
+        with opened as book:
+            try:
+                with stoppable():
+                    state = _rounds(session, state, done, store, book, show)
+            except KeyboardInterrupt:
+                book.finish("stopped", params_sha256=None, error="interrupted")
+                raise
+            except FedsimError as e:
+                book.finish("failed", params_sha256=None, error=str(e))
+                raise
+            params = session.driver.params(state)
+            record.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
+            return book.finish("completed", params_sha256=tree.digest(params))
+
+
+def _rounds(
+    session: Session,
+    state: Any,
+    done: int,
+    store: checkpoint.Store,
+    book: record.Record,
+    show: Callable[[Mapping[str, Any]], None],
+) -> Any:
+    """Run what is left, writing each round's line before its checkpoint."""
+    experiment = session.experiment
+    last, every = experiment.rounds, experiment.evaluate.every
+    dumped = config.dump(experiment)
+
+    def due(round: int) -> bool:
+        return round % every == 0 or round == last
+
+    for finished in rounds(session.driver, state, done + 1, last, due):
+        state = finished.state
+        line = measure(session, finished, due(finished.number))
+        book.append(line)
+        if finished.scores is not None:
+            book.clients({"client": s.client, "examples": s.examples, **s.metrics} for s in finished.scores)
+        if finished.number % experiment.checkpoint.every == 0 or finished.number == last:
+            store.save(finished.number, dumped, state, session.memory, {})
+        show(line)
+    return state
+
+
+def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``."""
+    began = time.perf_counter()
+    trained, experiment = finished.trained, session.experiment
+    line: dict[str, Any] = {"round": finished.number}
+    params = session.driver.params(finished.state)
+    if evaluate and getattr(session.driver, "is_global", True):
+        test = session.federation.dataset.test
+        line |= metrics.evaluate(session.task, params, test.x, test.y, experiment.evaluate.batch_size)
+    line |= trained.metrics
+    for prefix, key in (("client_", "accuracy"), ("personal_", "personal_accuracy")):
+        scores = [s for s in finished.scores or () if key in s.metrics]
+        if scores:
+            spread = metrics.spread([s.metrics[key] for s in scores], [s.examples for s in scores])
+            line |= {name.replace("client_", prefix, 1): value for name, value in spread.items()}
+    line |= session.driver.gauges(finished.state)
+    line |= {
+        "clients": trained.clients,
+        "examples": trained.examples,
+        "bytes_down": trained.bytes_down,
+        "bytes_up": trained.bytes_up,
+        "seconds": finished.seconds + time.perf_counter() - began,
+    }
+    if trained.failures:
+        line["failures"] = [failure._asdict() for failure in trained.failures]
+    return line
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse a folder that a run must not write into, without touching it."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {out} is a file")
+    if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()):
+        if not resume:
+            raise ConfigError(f"--out: {out} is not empty; --resume continues the run in it")
+        if not (out / record.CONFIG).exists():
+            raise ConfigError(f"--out: {out} holds files, but no run to resume")
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    try:
+        if not parent.is_dir():
+            raise ConfigError(f"--out: {parent} is a file")
+        with (parent / f".fedsim-{time.time_ns()}").open("x") as probe:
+            Path(probe.name).unlink()
+    except OSError as e:
+        raise ConfigError(f"--out: {parent} cannot be written: {e.strerror}") from None
+
+
+def check_same(experiment: Experiment, out: Path) -> None:
+    """A run goes on with the config that it began with, but for settings that decide no number."""
+    if not (out / record.CONFIG).exists():
+        log.warning("nothing to resume in %s: starting at round 1", out)
+        return
+    changed = config.differences(record.read_config(out), config.dump(experiment))
+    changed = [key for key in changed if key not in FREE]
+    if changed:
+        raise ResumeError(f"--resume: the config differs from the run's in {', '.join(changed)}")
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold the folder, so that no second process writes into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"--out: {out} is in use by another fedsim process") from None
+            yield
+    except OSError as e:
+        raise ConfigError(f"--out: {out} cannot be written: {e.strerror or e}") from None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: the last checkpoint stands, the summary says so."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the caller's signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
