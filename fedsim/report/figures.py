@@ -59,6 +59,7 @@ RC: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "xtick.color": COLOUR["muted"],
     "ytick.color": COLOUR["muted"],
+    "xtick.major.pad": 5,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
@@ -85,7 +86,7 @@ def chart(
     wide: bool = False,
     fixed: bool = False,
 ) -> str:
-    """Lines over rounds or bytes, as an SVG. ``unit`` is "", "bytes" or "s"; ``fixed``: a share of 1."""
+    """Lines over rounds or bytes, as an SVG. ``unit`` is "", "bytes" or "seconds"; ``fixed``: a share of 1."""
     import matplotlib
 
     with matplotlib.rc_context(RC):
@@ -106,7 +107,7 @@ def chart(
         if not fixed and finite and min(finite) > 0 and max(finite) > 50 * min(finite) and unit != "bytes":
             axes.set_yscale("log")
         elif unit:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.06 * max(finite, default=1.0) or 1.0)
         if fixed:
             axes.set_ylim(*_unit_limits(finite))
         _units(axes, x, unit)
@@ -192,8 +193,9 @@ def _svg(figure: "Figure", ident: str, title: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{ident}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{ident}-\1)", text)
     text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{ident}-\1"', text)
-    text = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "inherit-font", text)
-    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px) inherit-font", _font, text)
+    # The page says which font. matplotlib before 3.10 writes the shorthand, later ones the single properties.
+    text = re.sub(r"font-family: [^;\"]*(; )?", "", text)
+    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px) [^;\"]*", _font, text)
     for role, colour in COLOUR.items():
         text = text.replace(colour, f"var(--{role})")
     return re.sub(r"\n\s*", "\n", text)
@@ -227,12 +229,13 @@ def _unit_limits(values: Sequence[float]) -> tuple[float, float]:
 def _units(axes: "Axes", x: str, unit: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    in_bytes = FuncFormatter(lambda value, _: size(value).replace(".0 ", " "))
     if x.startswith("bytes"):
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(in_bytes)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     if unit == "bytes":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+        axes.yaxis.set_major_formatter(in_bytes)
     elif unit:
         axes.set_ylabel(unit)

@@ -22,13 +22,13 @@ h2{{font-size:13px;margin:40px 0 12px;font-weight:650;letter-spacing:.06em;text-
 .badge{{font-size:12px;font-weight:650;padding:3px 10px;border-radius:99px;border:1px solid currentColor;
 letter-spacing:.02em}}
 .completed{{color:var(--good)}} .failed{{color:var(--bad)}} .stopped,.unfinished{{color:var(--warn)}}
-.tiles{{display:grid;grid-template-columns:repeat(auto-fill,minmax(168px,1fr));gap:1px;margin-top:28px;
-background:var(--grid);border:1px solid var(--grid);border-radius:12px;overflow:hidden}}
-.tile{{background:var(--card);padding:14px 18px 12px}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));margin-top:28px;
+background:var(--card);border:1px solid var(--grid);border-radius:12px;overflow:hidden}}
+.tile{{padding:14px 18px 12px;box-shadow:1px 1px 0 var(--grid)}}
 .tile b{{display:block;font-size:23px;line-height:1.25;font-weight:620;letter-spacing:-.01em;
 font-variant-numeric:tabular-nums;white-space:nowrap}}
 .tile span{{font-size:12.5px;color:var(--muted)}}
-.grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px}}
+.grid{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px}}
 .card{{background:var(--card);border:1px solid var(--grid);border-radius:12px;padding:14px 16px 10px;margin:0;
 min-width:0}}
 .wide{{grid-column:1/-1}}

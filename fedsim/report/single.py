@@ -52,11 +52,10 @@ def unfinished(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) ->
 def _header(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     status, planned = summary["status"], config.get("rounds")
     rounds = f"{summary['rounds']:,}" + (f" of {planned:,}" if planned and planned != summary["rounds"] else "")
-    best = f"best {number(summary.get('best_accuracy'), '.4f')}"
-    if summary.get("best_round") is not None:
-        best += f", round {summary['best_round']}"
+    best = "best accuracy" + (f" (round {summary['best_round']:,})" if summary.get("best_round") is not None else "")
     tiles = [
-        (f"final accuracy ({best})", number(summary.get("final_accuracy"), ".4f")),
+        ("final accuracy", number(summary.get("final_accuracy"), ".4f")),
+        (best, number(summary.get("best_accuracy"), ".4f")),
         ("final loss", number(summary.get("final_loss"), ".4f")),
         ("rounds", rounds),
         ("clients a second", number(summary.get("client_updates_per_second"), ",.1f")),
@@ -66,7 +65,7 @@ def _header(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         ("peak memory", size(summary["peak_rss_mb"] * 1e6) if "peak_rss_mb" in summary else "-"),
     ]
     if summary.get("epsilon") is not None:
-        tiles.insert(2, ("privacy loss ε", f"{summary['epsilon']:.3f}"))
+        tiles.insert(3, ("privacy loss ε", f"{summary['epsilon']:.3f}"))
     badge = f'<span class="badge {escape(status)}">{escape(status)}</span>'
     parts = [
         f'<div class="top"><h1>{escape(config["name"])}</h1>{badge}</div>',
@@ -179,7 +178,7 @@ def _cost(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         cards.append(page.card(figures.chart("bytes", "Communication so far", sums, unit="bytes")))
     seconds = curve(lines, "seconds", "seconds", rounds)
     if seconds:
-        cards.append(page.card(figures.chart("time", "Time of each round", seconds, unit="s")))
+        cards.append(page.card(figures.chart("time", "Time of each round", seconds, unit="seconds")))
     return [page.section("Cost", page.grid(cards))] if cards else []
 
 
