@@ -93,14 +93,11 @@ def from_module(
     def loss(params: Tree, batch: Batch) -> Tensor:
         return cross_entropy(call(params, batch.x, training=True), batch)
 
-    def score(params: Tree, batch: Batch) -> Metrics:
-        return scores(predict(params, batch.x), batch)
-
     x, y = example[0][:1].cpu(), example[1][:1].cpu()
     tiny = Batch(x.to(dtype) if x.is_floating_point() else x, y)
     start = {name: p.detach() for name, p in prototype.named_parameters() if p.requires_grad}
     _try(call, predict, loss, start, tiny, classes)
-    return Task(init, predict, loss, score, classes, population, _unbatchable(loss, start, tiny))
+    return Task(init, predict, loss, _Score(predict), classes, population, _unbatchable(loss, start, tiny))
 
 
 def from_dataset(make: Callable[[], nn.Module], config: TaskConfig, dataset: Dataset, population: int) -> Task:
@@ -135,22 +132,38 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     logits (N, C) and y (N,), or logits (N, T, C) and y (N, T). A batch of padding alone has loss 0 and gradient 0.
     """
     if batch.weight is None:
-        return F.cross_entropy(logits.flatten(0, -2), batch.y.flatten())
-    each = F.cross_entropy(logits.flatten(0, -2), batch.y.flatten(), reduction="none")
+        return F.cross_entropy(*_flat(logits, batch.y))
+    each = F.cross_entropy(*_flat(logits, batch.y), reduction="none")
     if batch.y.ndim > 1:
         each = each.view(batch.y.shape).flatten(1).mean(1)
     weight = batch.weight.to(each.dtype)
     return (weight * each).sum() / weight.sum().clamp_min(torch.finfo(each.dtype).tiny)
 
 
+def _flat(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return (logits, y) if y.ndim == 1 else (logits.flatten(0, -2), y.flatten())
+
+
 def scores(logits: Tensor, batch: Batch) -> Metrics:
     """Sums over the batch's predictions (tokens, for sequences), each of shape (): count, correct, loss."""
-    each = F.cross_entropy(logits.flatten(0, -2), batch.y.flatten(), reduction="none").view(batch.y.shape)
+    each = F.cross_entropy(*_flat(logits, batch.y), reduction="none").view(batch.y.shape)
     right = (logits.argmax(-1) == batch.y).to(each.dtype)
     weight = torch.ones_like(each)
     if batch.weight is not None:
         weight = batch.weight.to(each.dtype).view(-1, *[1] * (each.ndim - 1)).expand_as(each)
     return {"count": weight.sum(), "correct": (weight * right).sum(), "loss": (weight * each).sum()}
+
+
+class _Score:
+    """``Task.score`` by ``scores``; ``of_logits`` spares central evaluation, which needs the logits too, a second pass."""
+
+    of_logits = staticmethod(scores)
+
+    def __init__(self, predict: Callable[[Tree, Tensor], Tensor]) -> None:
+        self._predict = predict
+
+    def __call__(self, params: Tree, batch: Batch) -> Metrics:
+        return scores(self._predict(params, batch.x), batch)
 
 
 class _Functional:
