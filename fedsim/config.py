@@ -60,10 +60,8 @@ class StrategyConfig(Closed):
 
 
 class EngineConfig(Closed):
-    """``[engine]``: where clients run. ``kind`` and ``workers`` never change a result."""
+    """``[engine]``: where clients run, and how."""
 
-    kind: Literal["inline", "ray"] = "inline"
-    workers: int = Field(2, ge=1, le=4096, description="processes (ray)")
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     execution: Literal["auto", "plain", "batched"] = Field(
         "auto", description="one client at a time, or a block of clients as stacked tensors; auto: plain on a CPU"

@@ -28,6 +28,7 @@ class Fold(Generic[A]):
         self._waiting: dict[tuple[int, int], A | None] = {}
         self._root: A | None = None
         self._seen = 0
+        self._whole = n == 0
 
     def add(self, node: Node[A]) -> None:
         """Put in a node. A position may be covered once only; a second time is a ``ValueError``."""
@@ -46,12 +47,12 @@ class Fold(Generic[A]):
                 left, right = (other, value) if sibling < index else (value, other)
                 value = left if right is None else right if left is None else self._merge(left, right)
             level, index = level + 1, index >> 1
-        self._root = value
+        self._root, self._whole = value, True
 
     def result(self) -> A | None:
         """The combination of all positions. ``ValueError`` where some are missing."""
-        if self._seen != self._n:
-            raise ValueError(f"{self._n - self._seen} of {self._n} positions are missing")
+        if not self._whole:
+            raise ValueError(f"some of the {self._n} positions are missing")
         return self._root
 
 

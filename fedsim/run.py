@@ -199,7 +199,7 @@ def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str,
     trained, experiment = finished.trained, session.experiment
     line: dict[str, Any] = {"round": finished.number}
     params = session.driver.params(finished.state)
-    if evaluate and getattr(session.driver, "is_global", True):
+    if evaluate and session.driver.is_global:
         test = session.federation.dataset.test
         line |= metrics.evaluate(session.task, params, test.x, test.y, experiment.evaluate.batch_size)
     line |= trained.metrics

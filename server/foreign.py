@@ -112,6 +112,8 @@ class State(NamedTuple):
 class Driver:
     """The server around a Flower strategy: its hooks, called as Flower's own loop calls them."""
 
+    is_global = True
+
     def __init__(
         self,
         foreign: Foreign,

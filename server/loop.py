@@ -47,6 +47,8 @@ class Round(NamedTuple, Generic[S]):
 class Driver(Protocol[S]):
     """What the loop needs of a server: ours (``Native``) or one around a Flower strategy (``server.foreign``)."""
 
+    @property
+    def is_global(self) -> bool: ...
     def begin(self) -> S: ...
     def train(self, state: S, round: int) -> tuple[S, Trained]: ...
     def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None: ...
@@ -86,6 +88,11 @@ class Native(Generic[S]):
     ) -> None:
         self._strategy, self._executor, self._key = strategy, executor, key
         self._population, self._cohort, self._panel = population, cohort, panel
+
+    @property
+    def is_global(self) -> bool:
+        """Whether ``params`` is a model of the task."""
+        return self._strategy.is_global
 
     def begin(self) -> S:
         return self._strategy.init(self._key.at("init").torch())
