@@ -46,11 +46,14 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     match value:
         case None | bool() | int() | float() | str():
             return value
-        case Tensor() | np.ndarray():
+        case Tensor():
             name = str(len(tensors))
-            numpy = isinstance(value, np.ndarray)
-            tensors[name] = (torch.from_numpy(value.copy()) if numpy else value.detach().cpu()).clone().contiguous()
-            return {"array" if numpy else "tensor": name}
+            tensors[name] = value.detach().cpu().clone().contiguous()
+            return {"tensor": name}
+        case np.ndarray():
+            name = str(len(tensors))
+            tensors[name] = torch.from_numpy(value.copy())
+            return {"array": name}
         case np.generic():
             return encode(value.item(), tensors)
         case bytes():

@@ -1,5 +1,6 @@
 """A data set in memory, and the federation of clients that hold it."""
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +39,8 @@ class Partition(Protocol):
     def __getitem__(self, client: int) -> Indices: ...
 
 
-class Federation(NamedTuple):
+@dataclass(frozen=True)
+class Federation:
     """A data set held by clients, some of each client's examples kept back as its own test set."""
 
     dataset: Dataset
@@ -67,7 +69,7 @@ class Federation(NamedTuple):
             return Split(x, s.y.to(device), s.client)
 
         data = self.dataset
-        return self._replace(dataset=data._replace(train=move(data.train), test=move(data.test)))
+        return replace(self, dataset=data._replace(train=move(data.train), test=move(data.test)))
 
 
 def validate(dataset: Dataset) -> Dataset:
