@@ -4,17 +4,14 @@ A local update is written for one client and calls ``value_and_grad(task.loss)``
 on how the engine runs that client, and an algorithm never knows:
 
     one client      ordinary autograd on detached leaves: the fastest plain step on a CPU
-    a block         under ``torch.vmap`` all clients at once: the loss's own lowered formulation where it has one
-                    (``loss.block``), else one ordinary backward pass through the stacked loss
+    a block         under ``torch.vmap`` all clients at once: by the loss's own lowered formulation where it has one
+                    (``loss.block``), else by ``torch.func``'s generic one
     anything else   other ``torch.func`` transforms around or inside (per-example gradients, second derivatives):
                     composed by ``torch.func`` itself, slower and just as right
-
-For a block, Σ_k f(w_k) is differentiated once: client k's parameters enter the k-th term alone, so the gradient of the
-sum by w_k is that client's own gradient.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -52,12 +49,11 @@ def value_and_grad(loss: Loss) -> Callable[[Tree, Batch], tuple[Tensor, Tree]]:
 
 
 def _backward(loss: Loss, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
-    """One ordinary backward pass; a loss of shape (K,) gives the gradient of each entry by its own parameters."""
+    """One ordinary backward pass on detached leaves, which share the parameters' memory."""
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         value = loss(leaves, batch)
-        total = value.sum() if value.ndim else value
-        grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     return value.detach(), dict(zip(params, grads, strict=True))
 
 
@@ -98,25 +94,22 @@ class _ValueAndGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], loss: Loss, names: tuple[str, ...], *tensors: Tensor) -> Any:
-        size, dims = info.batch_size, in_dims[2:]
-        if transformed() or _differentiated(tensors):
+        size, dims, out_dims = info.batch_size, in_dims[2:], (0,) * (1 + len(names))
+        block: Block | None = getattr(loss, "block", None)
+        if block is None or transformed() or _differentiated(tensors):
+            # Transforms that are still active here lie around this one, and a lowered formulation need not know them.
+            # (Two formulations were measured: this one, and one ordinary backward pass through torch.vmap(loss). The
+            # latter's gradients have transposed strides, which costs more in the update than it saves.)
             batched = torch.vmap(_grad_and_value(loss, names), in_dims=dims, randomness=info.randomness)
-            return batched(*tensors), (0,) * (1 + len(names))
+            return batched(*tensors), out_dims
 
         def stack(t: Tensor, dim: int | None) -> Tensor:
             return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
-        x, y, weight = (None if t is None else stack(t, d) for t, d in zip(tensors[:3], dims[:3], strict=True))
-        params = {name: stack(t, d) for name, t, d in zip(names, tensors[3:], dims[3:], strict=True)}
+        x, y, weight, *params = (None if t is None else stack(t, d) for t, d in zip(tensors, dims, strict=True))
         assert x is not None and y is not None
-        block: Block | None = getattr(loss, "block", None)
-        if block is not None:
-            values, grads = block(params, Batch(x, y, weight))
-        else:
-            over = (dict.fromkeys(names, 0), Batch(0, 0, None if weight is None else 0))  # type: ignore[arg-type]
-            stacked = torch.vmap(loss, in_dims=over, randomness=info.randomness)
-            values, grads = _backward(stacked, params, Batch(x, y, weight))
-        return (values, *(grads[name] for name in names)), (0,) * (1 + len(names))
+        values, grads = block(cast(Tree, dict(zip(names, params, strict=True))), Batch(x, y, weight))
+        return (values, *(grads[name] for name in names)), out_dims
 
 
 def _grad_and_value(loss: Loss, names: tuple[str, ...]) -> Callable[..., tuple[Tensor, ...]]:
