@@ -36,11 +36,11 @@ def value_and_grad(loss: Loss) -> Callable[[Tree, Batch], tuple[Tensor, Tree]]:
     """The function (params, batch) -> (value of shape (), gradient with the names of ``params``).
 
     A parameter that the loss does not use has gradient 0. Nothing is changed, and the results are detached unless a
-    ``torch.func`` transform or a parameter that requires grad asks for derivatives of them.
+    ``torch.func`` transform asks for derivatives of them, or a parameter, input or weight that requires grad.
     """
 
     def compute(params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
-        if transformed() or _differentiated(params.values()):
+        if transformed() or _differentiated((*params.values(), *batch)):
             value, *grads = _ValueAndGrad.apply(loss, tuple(params), *batch, *params.values())  # type: ignore[no-untyped-call]
             return value, dict(zip(params, grads, strict=True))
         return _backward(loss, params, batch)

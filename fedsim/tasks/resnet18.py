@@ -1,9 +1,9 @@
 """ResNet-18 (He et al. 2016, arXiv:1512.03385) with GroupNorm, for small images.
 
-Batch normalisation has state and mixes examples, which breaks under heterogeneous clients (Hsieh et al. 2020,
-arXiv:1910.00189); group normalisation (Wu & He 2018, arXiv:1803.08494) in its place is the usual federated choice,
-with two groups in Reddi et al. 2021 (arXiv:2003.00295). The stem is CIFAR's: a 3×3 convolution of stride 1 and no
-pooling. With ``width = 64`` and ten classes on 3-channel images: 11,173,962 parameters.
+Batch normalisation has state and mixes examples, which breaks where clients differ (Hsieh et al. 2020,
+arXiv:1910.00189); group normalisation (Wu & He 2018, arXiv:1803.08494) takes its place, with two groups as is usual in
+federated work. The stem is CIFAR's: a 3×3 convolution of stride 1 and no pooling. With ``width = 64`` and ten classes
+on 3-channel images: 11,173,962 parameters.
 
 Parameters: ``stem.weight``, ``norm.*``, ``stage{1..4}.{0,1}.{conv1,norm1,conv2,norm2}.*``, ``fc.*``, and
 ``shortcut.{conv,norm}.*`` in the first block of stages 2 to 4. Convolutions have no bias. Inputs are (N, H, W) or
