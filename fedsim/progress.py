@@ -11,8 +11,8 @@ WINDOW = 20  # rounds over which clients/s is averaged: long enough to be steady
 
 
 @contextmanager
-def live(rounds: int, done: int = 0) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A bar for ``rounds`` rounds, of which ``done`` are done; gives the function to call with each round's line.
+def live(rounds: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A bar for ``rounds`` rounds; gives the function to call with each round's line. A resumed run begins further on.
 
     Where stdout is not a terminal, nothing is shown and the function does nothing. What is printed to stdout or stderr
     meanwhile appears above the bar.
@@ -23,22 +23,26 @@ def live(rounds: int, done: int = 0) -> Iterator[Callable[[Mapping[str, Any]], N
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
+    console = Console()
     columns = (
         SpinnerColumn(),
         TextColumn("round {task.completed}/{task.total}"),
-        BarColumn(bar_width=24),
+        *([BarColumn(bar_width=24)] if console.width >= 100 else []),  # the numbers matter more than the bar
         TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        *([TextColumn("left")] if console.width >= 100 else []),
     )
     # A stderr that goes to a file must keep going there.
-    bar = Progress(*columns, console=Console(), transient=True, redirect_stderr=sys.stderr.isatty())
-    task = bar.add_task("", total=rounds, completed=done, state="starting")
+    bar = Progress(*columns, console=console, transient=True, redirect_stderr=sys.stderr.isatty())
+    task = bar.add_task("", total=rounds, state="starting")
     seen: dict[str, Any] = {}
     recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
     def show(line: Mapping[str, Any]) -> None:
+        if not seen and line["round"] > 1:
+            bar.reset(task, completed=line["round"] - 1)  # rounds of an earlier session are not this one's speed
         seen.update(line)
         recent.append((line.get("clients") or 0, line.get("seconds") or 0.0))
         bar.update(task, completed=line["round"], state=state(seen, rate(recent)))

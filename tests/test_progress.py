@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,27 @@ def test_a_terminal_gets_a_bar() -> None:
     text = shown.decode()
     for words in ("round 3/3", "loss 0.1667", "accuracy 0.7500", "100 clients/s", "ε 1.50", "warning: careful"):
         assert words in text
+
+
+def test_a_resumed_run_takes_its_time_left_from_its_own_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ninety rounds that were done before must not look like ninety rounds in the first second."""
+    from rich.progress import Progress, TaskID
+
+    shown: list[Progress] = []
+    real = Progress.update
+
+    def update(self: Progress, task: TaskID, **fields: Any) -> None:
+        shown.append(self)
+        real(self, task, **fields)
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(Progress, "update", update)
+    with progress.live(100) as show:
+        for at in (91, 92, 93):
+            time.sleep(0.02)
+            show({"round": at, "clients": 1, "seconds": 0.02})
+    speed = shown[0].tasks[0].speed
+    assert shown[0].tasks[0].completed == 93 and speed is not None and 5 < speed < 60
 
 
 def test_the_bar_keeps_the_last_evaluation_and_shows_training_loss_without_one() -> None:

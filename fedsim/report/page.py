@@ -33,7 +33,7 @@ font-variant-numeric:tabular-nums;white-space:nowrap}}
 min-width:0}}
 .wide{{grid-column:1/-1}}
 .card svg{{display:block;width:100%;height:auto;font-family:{FONT}}}
-.picture{{background:#fff;padding:16px;text-align:center}}
+.picture{{background:#fff;padding:16px}}
 .picture img{{max-width:100%;height:auto;display:block;margin:auto}}
 figcaption{{color:var(--muted);font-size:12.5px;margin-top:6px}}
 .scroll{{overflow-x:auto}}
@@ -53,7 +53,8 @@ padding:12px 18px;margin-top:20px;white-space:pre-wrap;overflow-wrap:anywhere}}
 footer{{color:var(--muted);font-size:13px;margin-top:40px;overflow-wrap:anywhere}}
 @media print{{
 @page{{margin:14mm}}
-body{{background:none;font-size:11pt}} main{{padding:0;max-width:none}}
+body{{background:none;font-size:11pt}} main{{padding:0 2px;max-width:none}}
+.tiles{{grid-template-columns:repeat(5,1fr)}} .tile{{padding:8px 12px}} .tile b{{font-size:15pt}}
 .card,.tile,.note,tr{{break-inside:avoid}} h2{{break-after:avoid}}
 .grid{{grid-template-columns:1fr 1fr}}
 details::details-content{{content-visibility:visible;block-size:auto}}

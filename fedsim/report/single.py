@@ -160,9 +160,8 @@ def _clients(run_dir: Path) -> list[str]:
         own = [row["personal_accuracy"] for row in rows if row.get("personal_accuracy") is not None]
         svg = figures.clients("clients", scores, own if len(own) == len(scores) else None)
         worst = min(rows, key=lambda row: (row["accuracy"], row["client"]))
-        caption = (
-            f"Worst: client {worst['client']}, {worst['accuracy']:.3f} on {worst['examples']:,} examples of its own."
-        )
+        count = f"{worst['examples']:,} example{'s' * (worst['examples'] != 1)}"
+        caption = f"Worst: client {worst['client']}, {worst['accuracy']:.3f} on {count} of its own."
         cards.append(page.card(svg, caption, wide=True))
     return [page.section("Clients", page.grid(cards))] if cards else []
 

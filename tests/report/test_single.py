@@ -27,7 +27,12 @@ CONFIG: dict[str, Any] = {
 def make(folder: Path, rounds: int = 9, clients: int = 4, finish: bool = True) -> Path:
     with record.create(folder, CONFIG, events=False) as r:
         for at in range(1, rounds + 1):
-            row = {"round": at, "accuracy": at / 10, "loss": math.nan if at == 4 else 1 / at, "train_loss": 2 / at}
+            row: dict[str, Any] = {
+                "round": at,
+                "accuracy": at / 10,
+                "loss": math.nan if at == 4 else 1 / at,
+                "train_loss": 2 / at,
+            }
             row |= {"clients": 2, "examples": 9, "bytes_down": 100, "bytes_up": 50, "seconds": 0.5, "epsilon": at / 3}
             row |= {
                 "personal_accuracy_mean": 0.5,
@@ -118,7 +123,7 @@ def test_what_must_be_on_it(text: str) -> None:
         "Failures (9)",
         "Resolved config",
         "Privacy",
-        "Worst: client 0",
+        "Worst: client 0, 0.000 on 5 examples",
     ):
         assert words in text
 
@@ -131,7 +136,9 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_spikes(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", rounds=1, clients=5000)
-    lines = [{"round": at, "accuracy": 0.5, "loss": 1.0, "seconds": 0.1} for at in range(1, 20_001)]
+    lines: list[dict[str, Any]] = [
+        {"round": at, "accuracy": 0.5, "loss": 1.0, "seconds": 0.1} for at in range(1, 20_001)
+    ]
     lines[12_345]["loss"] = 77.0
     lines[12_346]["failures"] = [{"client": c, "reason": "NaN"} for c in range(5000)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
