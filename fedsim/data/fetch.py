@@ -178,7 +178,7 @@ def load(name: str) -> Arrays:
         except OSError as e:
             raise DataError(f"data.name: {name}: {folder()} cannot be written: {e.strerror or e}") from None
     try:
-        with np.load(ready, allow_pickle=False) as arrays:
+        with ready.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(

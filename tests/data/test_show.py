@@ -1,0 +1,57 @@
+"""The picture and the table of a partition."""
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsim import registry
+from fedsim.config import DataConfig
+from fedsim.data import federation, show
+from fedsim.data.dataset import Federation
+from fedsim.errors import ConfigError
+
+
+def digits(partition: dict[str, Any], holdout: float = 0.0) -> Federation:
+    plugin = registry.load("partitioners", partition["name"])
+    config = DataConfig(
+        dataset=registry.load("datasets", "digits").Config(), partition=plugin.Config(**partition), holdout=holdout
+    )
+    return federation(config, 0)
+
+
+def test_summary_counts_every_example() -> None:
+    f = digits({"name": "dirichlet", "clients": 20}, holdout=0.1)
+    rows = show.summary(f)
+    assert [row.client for row in rows] == list(range(20))
+    assert sum(row.examples + row.holdout for row in rows) == 1437 and all(row.holdout for row in rows)
+    assert all(row.labels.sum() == row.examples for row in rows)
+    y = f.dataset.train.y.numpy()
+    assert np.array_equal(rows[3].labels, np.bincount(y[f.indices(3, "train")], minlength=10))
+
+
+def test_summary_of_many_spans_the_sizes() -> None:
+    f = digits({"name": "linear", "clients": 50})
+    sizes = [row.examples for row in show.summary(f, limit=7)]
+    assert len(sizes) == 7 and sizes == sorted(sizes)
+    assert sizes[0] == len(f.partition[0]) and sizes[-1] == len(f.partition[49])
+
+
+def test_picture(tmp_path: Path) -> None:
+    f = digits({"name": "sampled", "clients": 10**6, "size": 5, "alpha": 0.1})
+    svg = show.draw(f, tmp_path / "partition.svg")
+    assert (tmp_path / "partition.svg").read_text() == svg == show.draw(f)
+    root = ET.fromstring(svg)
+    assert root.tag.endswith("svg") and svg.startswith("<svg")
+    text = " ".join(e.text or "" for e in root.iter() if e.tag.endswith("text"))
+    assert "digits: 1,000,000 clients" in text and "60 of 1,000,000" in text
+    assert all(colour.lower() in svg for colour in show.COLOURS)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        show.draw(f, tmp_path / "no" / "partition.svg")
+
+
+@pytest.mark.parametrize("clients", [1, 2, 60, 61])
+def test_picture_of_any_number(clients: int) -> None:
+    assert show.draw(digits({"name": "iid", "clients": clients})).rstrip().endswith("</svg>")
