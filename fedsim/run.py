@@ -49,17 +49,21 @@ def build(experiment: Experiment, order: Order | None = None) -> Session:
     """Everything that a run needs. Raises ``ConfigError`` (``DataError``) for what only data can tell."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    engine = experiment.engine
     dtype = torch.float64 if experiment.task.dtype == "float64" else torch.float32
-    federation = data.federation(experiment.data, experiment.seed).to(device(engine.device), dtype)
+    federation = data.federation(experiment.data, experiment.seed).to(device(experiment.engine.device), dtype)
     population = len(federation)
     if experiment.strategy.cohort > population:
         raise ConfigError(
             f"strategy.cohort: must be at most {population}, the number of clients (got {experiment.strategy.cohort})"
         )
     task: Task = registry.load("tasks", experiment.task.model).build(experiment.task, federation.dataset, population)
+    return assemble(experiment, federation, task, order)
+
+
+def assemble(experiment: Experiment, federation: Federation, task: Task, order: Order | None = None) -> Session:
+    """The session of an experiment on this federation and task, which need not be those that its config names."""
     strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
-    key, memory = Key.root(experiment.seed), Memory()
+    key, memory, population = Key.root(experiment.seed), Memory(), len(federation)
 
     if isinstance(strategy, foreign.Foreign):
         return Session(experiment, federation, task, _foreign(experiment, federation, task, strategy, memory, order), memory)
@@ -67,7 +71,7 @@ def build(experiment: Experiment, order: Order | None = None) -> Session:
     local = evaluation(task, strategy, experiment.evaluate.batch_size)
     panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
     app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, key)
-    grid = InlineGrid(federation, engine, memory, app, order)
+    grid = InlineGrid(federation, experiment.engine, memory, app, order)
     driver = Native(strategy, executor(experiment, federation, grid), key, population, experiment.strategy.cohort, panel)
     return Session(experiment, federation, task, driver, memory)
 
