@@ -15,6 +15,7 @@ from fedsim.data.dataset import Federation
 from fedsim.grids.flower import to_payload, to_record, to_records, to_tree
 from fedsim.rng import Key
 from fedsim.types import Done, Local
+from fedsim.worker import Unusable, wrong
 
 EXAMPLES = "num-examples"  # Flower's own key
 
@@ -39,6 +40,9 @@ def client_app(
         memory = to_payload(context.state) or None
         work = Work(int(header["round"]), phase, local_of(phase), shared, key)  # type: ignore[arg-type]
         done, examples = block.one(work, federation, Guest(_client(context), memory))
+        bad = wrong(done)
+        if bad is not None:
+            raise Unusable(bad)  # before it is remembered
         if done.memory:
             context.state = to_records(done.memory)
         return _reply(message, to_records(done.value), done, examples)

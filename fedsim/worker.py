@@ -4,6 +4,7 @@ Inline, Ray and tests call the same function; it is where a client's failure get
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -85,19 +86,33 @@ def _results(
 
 def _report(client: int, done: Done, examples: int) -> Report | Failure:
     """The report of a finished client, or what is wrong with it."""
-    for channel, part in done.value.items():
-        if not tree.finite(part):
-            bad = next(name for name, x in part.items() if not x.isfinite().all())
-            return Failure(client, f"NaN or Inf in its update ({channel}: {bad})")
-    metrics = {name: float(value) for name, value in done.metrics.items()}
-    for name, value in metrics.items():
-        if not abs(value) < float("inf"):
-            return Failure(client, f"{name} is {value}")
-    return Report(client, examples, done.value, metrics)
+    bad = wrong(done)
+    if bad is not None:
+        return Failure(client, bad)
+    return Report(client, examples, done.value, {name: float(value) for name, value in done.metrics.items()})
+
+
+def wrong(done: Done) -> str | None:
+    """Why a client's work must not count: a number that is none, in what it sends, keeps or measures."""
+    for whose, payload in (("its update", done.value), ("its memory", done.memory)):
+        for channel, part in payload.items():
+            if not tree.finite(part):
+                name = next(name for name, x in part.items() if not x.isfinite().all())
+                return f"NaN or Inf in {whose} ({channel}: {name})"
+    for name, value in done.metrics.items():
+        if not math.isfinite(float(value)):
+            return f"{name} is {float(value)}"
+    return None
+
+
+class Unusable(Exception):
+    """A client's work that must not count; its text is the reason."""
 
 
 def reason(e: BaseException) -> str:
     """An exception in one line."""
+    if isinstance(e, Unusable):
+        return str(e)
     first = str(e).strip().split("\n")[0]
     return f"{type(e).__name__}: {first}" if first else type(e).__name__
 
