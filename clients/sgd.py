@@ -10,7 +10,8 @@ The formulas are those of ``torch.optim.SGD`` and ``torch.optim.Adam``.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -95,6 +96,22 @@ class Carry(NamedTuple):
     examples: Tensor
 
 
+@dataclass(frozen=True)
+class Descent:
+    """A local step in two halves, so that middleware can come between them: noise, or a rate that the gradient decides.
+
+    gradient: (shared, carry, batch, draw) -> g with every correction, and the carry with what was measured
+    move:     (carry, g) -> the carry after a step of ``carry.rate`` along g
+    """
+
+    gradient: Callable[[Payload, Carry, Batch, Any], tuple[Tree, Carry]]
+    move: Callable[[Carry, Tree], Carry]
+
+    def __call__(self, shared: Payload, c: Carry, batch: Batch, draw: Any) -> Carry:
+        g, c = self.gradient(shared, c, batch, draw)
+        return self.move(c, g)
+
+
 def sgd(
     task: Task,
     config: SgdConfig,
@@ -118,23 +135,21 @@ def sgd(
             moments["v"] = tree.zeros(w)
         return Carry(w, moments, memory, zero + config.rate(visit.round), zero, zero, zero)
 
-    def step(shared: Payload, c: Carry, batch: Batch, draw: None) -> Carry:
+    def gradient(shared: Payload, c: Carry, batch: Batch, draw: None) -> tuple[Tree, Carry]:
         loss, g = loss_and_grad(c.params, batch)
         if config.weight_decay:
             g = tree.axpy(config.weight_decay, c.params, g)
         if correction:
             g = tree.add(g, correction(shared, c.memory, c.params))
+        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
+        return g, c._replace(loss=c.loss + loss.detach() * n, examples=c.examples + n)
+
+    def move(c: Carry, g: Tree) -> Carry:
         t = c.step + 1
         direction, moments = _direction(config, g, c.moments, t)
-        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
-        return c._replace(
-            params=tree.axpy(-c.rate, direction, c.params),
-            moments=moments,
-            step=t,
-            loss=c.loss + loss.detach() * n,
-            examples=c.examples + n,
-        )
+        return c._replace(params=tree.axpy(-c.rate, direction, c.params), moments=moments, step=t)
 
+    step = Descent(gradient, move)
     return Local(init, (Pass(step, config.schedule()),), final or send_delta, remember, None, task.unbatchable)
 
 
