@@ -1,0 +1,47 @@
+# Every target installs what it needs into .venv. Nothing has to be there but Python 3.11+, make and pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+
+help:  ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 22
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.all: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[ray,privacy,test,dev]'
+	@touch $@ $(VENV)/.core
+
+install: $(VENV)/.core  ## install fedsim into .venv
+
+demo: $(VENV)/.core  ## FedAvg on real handwritten digits, 100 clients
+	$(BIN)/fedsim run experiments/quickstart.toml
+
+test: $(VENV)/.all  ## everything that must pass before a change lands
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.all  ## the minutes-long tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.all  ## format, lint, types, import arrows
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.all  ## time the engine on this machine
+	$(BIN)/fedsim bench
+
+clean:  ## forget the installation
+	rm -rf $(VENV) build *.egg-info
+
+.PHONY: help install demo test test-slow check bench clean
