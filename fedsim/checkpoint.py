@@ -112,7 +112,8 @@ def pack(value: Any) -> bytes:
     """A value as the bytes of one safetensors file."""
     tensors: dict[str, Tensor] = {}
     structure = encode(value, tensors)
-    return to_bytes(tensors, metadata={"structure": json.dumps(structure)})
+    packed: bytes = to_bytes(tensors, metadata={"structure": json.dumps(structure)})
+    return packed
 
 
 def unpack(path: Path, named: Mapping[str, type]) -> Any:
@@ -153,9 +154,7 @@ class Store:
         self._folder, self._keep = folder, keep
         self._since: dict[int, int] = {}  # client -> the round in which its memory was last written
 
-    def save(
-        self, round: int, config: Mapping[str, Any], state: Any, memory: Memory, extra: Mapping[str, Any]
-    ) -> None:
+    def save(self, round: int, config: Mapping[str, Any], state: Any, memory: Memory, extra: Mapping[str, Any]) -> None:
         """Write the checkpoint of a round; older ones beyond ``keep`` go, and memories that none of them needs."""
         clients = self._folder / "clients"
         clients.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,9 @@ def parse(tables: Mapping[str, Any]) -> Experiment:
     try:
         experiment = Experiment.model_validate(ready)
     except ValidationError as e:
-        problems += [p for p in explain(e, Experiment) if p.split(":")[0] not in failed | {"data.dataset", "data.partition"}]
+        problems += [
+            p for p in explain(e, Experiment) if p.split(":")[0] not in failed | {"data.dataset", "data.partition"}
+        ]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return experiment
@@ -148,7 +150,8 @@ def _plugin(group: str, where: str, table: Any, key: str, problems: list[str]) -
         return None
     try:
         plugin = registry.load(group, name)
-        return check(plugin.Config, table, path)
+        config: BaseModel = check(plugin.Config, table, path)
+        return config
     except ConfigError as e:
         problems += [p if p.startswith(path) else f"{where}: {p}" for p in e.problems]
         return None

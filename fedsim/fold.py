@@ -13,10 +13,10 @@ A = TypeVar("A")
 
 
 class Node(NamedTuple, Generic[A]):
-    """The combination of positions ``[index << level, (index + 1) << level)``; None where nobody reported."""
+    """The combination of positions ``[place << level, (place + 1) << level)``; None where nobody reported."""
 
     level: int
-    index: int
+    place: int
     value: A | None
 
 

@@ -46,11 +46,10 @@ def load(group: str, name: str) -> Any:
         raise ConfigError(f"plugin {of} cannot be loaded: {type(e).__name__}: {e}") from e
     if group == "strategies" and isinstance(plugin, type):
         # A class can only be a strategy of Flower's; the adapter that runs it lives at the edge.
-        return importlib.import_module("server.foreign").plugin(name, plugin)
+        return importlib.import_module("strategies.flower").plugin(name, plugin)
     if group == "tasks" and callable(plugin) and not hasattr(plugin, "Config"):
         return importlib.import_module("fedsim.tasks").plugin(name, plugin)  # a function that returns an nn.Module
     for needed in ("Config", "build"):
         if not hasattr(plugin, needed):
             raise ConfigError(f"plugin {of} has no '{needed}'")
     return plugin
-

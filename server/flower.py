@@ -6,7 +6,7 @@ On our own grids a phase is one call for the whole cohort; on any other Flower `
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -53,11 +53,11 @@ class Messages:
             if position is None or reports[position] is not None:
                 continue  # a node that was not asked, or a second answer: it counts once
             client = clients[position]
-            report = _report(client, reply)
-            if isinstance(report, Failure):
-                failures[client] = report
+            result = _report(client, reply)
+            if isinstance(result, Failure):
+                failures[client] = result
             else:
-                reports[position] = report
+                reports[position] = result
                 del failures[client]
         self._on_failure(tuple(failures.values()), work)
         fold: Fold[Any] = Fold(len(clients), reduce.merge)
@@ -77,7 +77,7 @@ class Messages:
 def _report(client: int, reply: Message) -> Report | Failure:
     """A client's report from its reply, or what is wrong with it."""
     if reply.has_error():
-        return Failure(client, reply.error.reason)
+        return Failure(client, reply.error.reason or "no reason given")
     metrics = dict(reply.content.metric_records["metrics"])
     examples = int(metrics.pop(EXAMPLES))  # type: ignore[arg-type]
     value = to_payload(reply.content)
@@ -111,7 +111,7 @@ class AsFlower(FlowerStrategy):
         """Run ``num_rounds`` rounds. The seed decides where the model starts; ``initial_arrays`` is not used."""
         executor = grid if hasattr(grid, "map") else Messages(grid, timeout=timeout)
         population = len(list(grid.get_node_ids()))
-        driver = Native(self._strategy, executor, self._key, population, self._cohort)  # type: ignore[arg-type]
+        driver = Native(self._strategy, executor, self._key, population, self._cohort)
         result = Result()
         for done in rounds(driver, self._state, 1, num_rounds, lambda _: False):
             self._state = done.state
@@ -136,7 +136,8 @@ class AsFlower(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         phase = self._only_phase()
         answered = sorted(replies, key=lambda r: r.metadata.src_node_id)
-        reports = [r for r in (_report(m.metadata.src_node_id, m) for m in answered) if isinstance(r, Report)]
+        results = [_report(m.metadata.src_node_id, m) for m in answered]
+        reports = [r for r in results if isinstance(r, Report)]
         fold: Fold[Any] = Fold(len(reports), phase.reduce.merge)
         for i, report in enumerate(reports):
             fold.add(Node(0, i, phase.reduce.lift(report)))
@@ -161,6 +162,3 @@ class AsFlower(FlowerStrategy):
         if len(self._strategy.phases) != 1:
             raise NotImplementedError("a round of several exchanges needs start(); Flower's hooks know one exchange")
         return self._strategy.phases[0]
-
-
-__all__ = ["AsFlower", "Messages", "RecordDict"]

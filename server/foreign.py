@@ -1,9 +1,4 @@
-"""Any Flower strategy as a server of ours: named in the config, with its arguments, reproducible and resumable.
-
-    [strategy]
-    name = "flwr.serverapp.strategy:FedAdam"
-    args = { eta = 0.01, tau = 1e-3 }
-    cohort = 10                                  # and what the clients do: lr, epochs, batch_size …
+"""The server around any Flower strategy: reproducible and resumable.
 
 Flower samples nodes with the global ``random``, and its privacy wrappers draw from the global numpy generator. Both are
 lent a stream of ours while a strategy's hooks run. What a strategy keeps in its attributes is part of the checkpoint.
@@ -20,9 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
-from pydantic import Field
 
-from clients.sgd import SgdConfig
 from fedsim import tree
 from fedsim.block import Work
 from fedsim.checkpoint import encode
@@ -36,41 +29,22 @@ from fedsim.worker import Failure, reason
 from server.loop import ClientScore, Panel, Trained, score_clients
 
 
-class Config(SgdConfig):
-    """What a Flower strategy and its clients are told."""
-
-    args: dict[str, Any] = Field(default_factory=dict, description="the strategy's own arguments")
-
-
 class Foreign(NamedTuple):
-    """A Flower strategy that has not been made yet."""
+    """A Flower strategy that has not been made yet. ``config`` is the clients' part, which the server does not read."""
 
     cls: type[FlowerStrategy]
-    config: Config
+    args: Mapping[str, Any]
+    cohort: int
+    config: Any
 
     def make(self, population: int) -> FlowerStrategy:
         """The strategy object; cohort and population become its sampling arguments."""
-        return _make(self.cls, self.config.args, self.config.cohort, population, "strategy.args")
+        return _make(self.cls, self.args, self.cohort, population, "strategy.args")
 
 
-class Plugin(NamedTuple):
-    """What the registry gives for a class."""
-
-    cls: type[FlowerStrategy]
-    Config: type[Config]
-
-    def build(self, config: Config, task: Task) -> Foreign:
-        return Foreign(self.cls, config)
-
-
-def plugin(name: str, cls: type) -> Plugin:
-    """A class as a strategy plugin. Raises ``ConfigError`` for a class that is not one of Flower's strategies."""
-    if not issubclass(cls, FlowerStrategy) or inspect.isabstract(cls):
-        raise ConfigError(f"'{name}' is not a strategy: neither a module with Config and build, nor a Flower Strategy")
-    return Plugin(cls, Config)
-
-
-def _make(cls: type[FlowerStrategy], args: Mapping[str, Any], cohort: int, population: int, path: str) -> FlowerStrategy:
+def _make(
+    cls: type[FlowerStrategy], args: Mapping[str, Any], cohort: int, population: int, path: str
+) -> FlowerStrategy:
     known = list(inspect.signature(cls).parameters)
     for name in args:
         if name not in known:
@@ -82,7 +56,7 @@ def _make(cls: type[FlowerStrategy], args: Mapping[str, Any], cohort: int, popul
         "fraction_evaluate": 0.0,
         "min_evaluate_nodes": 0,
     }
-    given = {name: value for name, value in sampling.items() if name in known and name not in args}
+    given: dict[str, Any] = {name: value for name, value in sampling.items() if name in known and name not in args}
     for name, value in args.items():
         nested = isinstance(value, Mapping) and isinstance(value.get("name"), str) and ":" in value["name"]
         given[name] = _nested(value, cohort, population, f"{path}.{name}") if nested else value
@@ -192,7 +166,7 @@ class Driver:
         for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
             client = reply.metadata.src_node_id - 2
             if reply.has_error():
-                bad.append(Failure(client, reply.error.reason))
+                bad.append(Failure(client, reply.error.reason or "no reason given"))
             elif not all(tree.finite(to_tree(r)) for r in reply.content.array_records.values()):
                 bad.append(Failure(client, "NaN or Inf in its update"))
             else:
@@ -256,7 +230,8 @@ def _numbers(record: Mapping[str, Any] | None) -> dict[str, float]:
 
 
 def _examples(reply: Message) -> int:
-    return sum(int(r.get("num-examples", 0)) for r in reply.content.metric_records.values())  # type: ignore[arg-type]
+    counts = [r["num-examples"] for r in reply.content.metric_records.values() if "num-examples" in r]
+    return sum(int(n) for n in counts if isinstance(n, int | float))
 
 
 def _bytes(message: Message) -> int:

@@ -56,9 +56,7 @@ class Driver(Protocol[S]):
     def gauges(self, state: S) -> dict[str, float]: ...
 
 
-def rounds(
-    driver: Driver[S], state: S, first: int, last: int, evaluate: Callable[[int], bool]
-) -> Iterator[Round[S]]:
+def rounds(driver: Driver[S], state: S, first: int, last: int, evaluate: Callable[[int], bool]) -> Iterator[Round[S]]:
     """Train and evaluate rounds ``first … last``, from ``state``. The caller records, saves, and may stop."""
     for number in range(first, last + 1):
         began = time.perf_counter()

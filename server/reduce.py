@@ -36,7 +36,10 @@ def weighted_mean(
         gauges = gauge(report) if gauge else {}
         return Sum(
             # A copy even of float64: the sum is changed in place, and what a client sent may be its memory as well.
-            {c: {n: x.to(torch.float64, copy=True).mul_(weight) for n, x in p.items()} for c, p in report.value.items()},
+            {
+                c: {n: x.to(torch.float64, copy=True).mul_(weight) for n, x in p.items()}
+                for c, p in report.value.items()
+            },
             {c: {n: x.dtype for n, x in part.items()} for c, part in report.value.items()},
             weight,
             {n: v * report.examples for n, v in report.metrics.items()} | {n: v * weight for n, v in gauges.items()},

@@ -1,9 +1,9 @@
 """FedAdagrad (Reddi et al. 2021, arXiv:2003.00295), Algorithm 2.
 
-    Δ ← Σ p_k (w_k − w) / Σ p_k
-    m ← β₁ m + (1 − β₁) Δ                 (m starts at 0; the paper's experiments have β₁ = 0)
-    v ← v + Δ²                            (v starts at τ²)
-    w ← w + η m / (√v + τ)
+Δ ← Σ p_k (w_k − w) / Σ p_k
+m ← β₁ m + (1 − β₁) Δ                 (m starts at 0; the paper's experiments have β₁ = 0)
+v ← v + Δ²                            (v starts at τ²)
+w ← w + η m / (√v + τ)
 """
 
 from pydantic import Field

@@ -1,8 +1,8 @@
 """FedAvg (McMahan et al. 2017, arXiv:1602.05629), Algorithm 1, in the form of a server step.
 
-    w_k ← local SGD from w on client k's data          for k in the cohort
-    Δ   ← Σ p_k (w_k − w) / Σ p_k                      (p_k = n_k, or 1 with uniform weighting)
-    w   ← w + η_s Δ                                    (η_s = 1 is FedAvg)
+w_k ← local SGD from w on client k's data          for k in the cohort
+Δ   ← Σ p_k (w_k − w) / Σ p_k                      (p_k = n_k, or 1 with uniform weighting)
+w   ← w + η_s Δ                                    (η_s = 1 is FedAvg)
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """FedAvgM: FedAvg with server momentum (Hsu et al. 2019, arXiv:1909.06335, section 4.3).
 
-    Δ ← Σ p_k (w_k − w) / Σ p_k
-    m ← β m + Δ
-    w ← w + η_s m                         (β = 0 is FedAvg)
+Δ ← Σ p_k (w_k − w) / Σ p_k
+m ← β m + Δ
+w ← w + η_s m                         (β = 0 is FedAvg)
 """
 
 from pydantic import Field

@@ -1,6 +1,6 @@
 """The form that FedAvgM, FedAdagrad, FedAdam and FedYogi share: local SGD, and a server optimiser on the mean update.
 
-    Δ ← Σ p_k (w_k − w) / Σ p_k,    w ← optimiser(w, Δ)          (Reddi et al. 2021, arXiv:2003.00295, Algorithm 1)
+Δ ← Σ p_k (w_k − w) / Σ p_k,    w ← optimiser(w, Δ)          (Reddi et al. 2021, arXiv:2003.00295, Algorithm 1)
 """
 
 from typing import NamedTuple

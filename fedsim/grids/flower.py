@@ -3,6 +3,7 @@
 ``tests/grids/test_flower.py`` fails loudly when an upgrade of flwr moves one of them.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.types import Payload, Tree
+
+logging.getLogger("flwr").setLevel(logging.ERROR)  # flwr sets INFO when it is imported; a round is one line of ours
 
 SERVER_NODE = 1
 RUN_ID = 1
@@ -103,7 +106,7 @@ class MessageGrid(Grid):
 
     def context(self, client: int, state: RecordDict) -> Context:
         """What Flower tells a node about itself."""
-        config = {"partition-id": client, "num-partitions": self._population}
+        config: dict[str, bool | float | int | str] = {"partition-id": client, "num-partitions": self._population}
         return Context(RUN_ID, self.node(client), config, state, self._run_config)
 
     def set_run(self, run: Run) -> None:

@@ -130,4 +130,6 @@ def check(failures: Iterable[Failure], engine: EngineConfig, work: Work) -> None
     for failure in failures:
         if engine.on_error == "raise":
             raise ClientError(failure.client, work.round, work.key.seed, failure.reason)
-        log.warning("round %d: dropped client %d (seed %d): %s", work.round, failure.client, work.key.seed, failure.reason)
+        log.warning(
+            "round %d: dropped client %d (seed %d): %s", work.round, failure.client, work.key.seed, failure.reason
+        )
