@@ -1,6 +1,7 @@
 """Small worlds with answers that can be worked out by hand, and the readable twin of the fast path."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def points(clients: Sequence[Sequence[Sequence[float]]], dtype: torch.dtype = to
     """Each client holds points of R^d; labels are 0."""
     x = torch.tensor([p for mine in clients for p in mine], dtype=dtype)
     ends = np.cumsum([0, *(len(mine) for mine in clients)])
-    partition = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    partition = [np.arange(a, b) for a, b in pairwise(ends)]
     split = Split(x, torch.zeros(len(x), dtype=torch.int64))
     return Federation(Dataset("points", split, split, 2), partition, 0.0, KEY)
 
@@ -52,7 +53,11 @@ def grid(federation: Federation, **engine: object) -> InlineGrid:
 
 
 def train(
-    strategy: Strategy, federation: Federation, rounds: int = 1, cohorts: Sequence[list[int]] | None = None, **engine: object
+    strategy: Strategy,
+    federation: Federation,
+    rounds: int = 1,
+    cohorts: Sequence[list[int]] | None = None,
+    **engine: object,
 ) -> list[Tree]:
     """The global model before the first round and after each, with everybody in the cohort unless told otherwise."""
     executor = grid(federation, **engine)

@@ -134,9 +134,10 @@ def test_fedexp_with_equal_updates_is_fedavg() -> None:
 
 def test_local_keeps_to_itself() -> None:
     """Each client walks to its own mean: 3 → ½(3 + c) → … ; the server learns nothing."""
+    from worlds import grid
+
     from fedsim.rng import Key
     from server.loop import run_round
-    from worlds import grid
 
     executor = grid(WORLD)
     strategy = local.build(local.Config(**STEP), TASK)
