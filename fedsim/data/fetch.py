@@ -290,5 +290,5 @@ def _command(source: Source, into: Path) -> list[str] | None:
     if program is None:
         return None
     if source.client == "npm":
-        return [program, "pack", pinned, "--silent=false", "--loglevel=error", "--fetch-retries=1"]
+        return [program, "pack", pinned, "--loglevel=error", "--fetch-retries=1"]
     return [program, "download", "-q", "-o", "APT::Sandbox::User=root", pinned]

@@ -20,12 +20,11 @@ from pydantic import Field
 
 from fedsim.config import PartitionConfig
 from fedsim.data.dataset import Dataset, Indices, Partition
-from fedsim.data.partition import Lists, Partitioner, enough, labels, owners
+from fedsim.data.partition import MAX_ALPHA, Lists, Partitioner, enough, labels, owners
 from fedsim.errors import DataError
 from fedsim.rng import Key
 
 Column = npt.NDArray[Any]
-Share = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -77,7 +76,7 @@ class DirichletConfig(PartitionConfig):
 
     name: Literal["dirichlet"] = "dirichlet"
     clients: int = Field(100, ge=1)
-    alpha: float = Field(0.5, gt=0, description="small: few labels a client; large: all alike")
+    alpha: float = Field(0.5, gt=0, le=MAX_ALPHA, description="small: few labels a client; large: all alike")
     min_partition_size: int = Field(
         1, ge=1, description="drawn again, 11 times at most, until every client has so many"
     )
@@ -118,7 +117,7 @@ class InnerDirichletConfig(PartitionConfig):
 
     name: Literal["inner_dirichlet"] = "inner_dirichlet"
     partition_sizes: list[Count] = Field(min_length=1, description="examples of each client")
-    alpha: float = Field(0.5, gt=0)
+    alpha: float = Field(0.5, gt=0, le=MAX_ALPHA)
 
 
 def _fits(sizes: list[int], n: int) -> None:

@@ -15,6 +15,10 @@ from fedsim.data.dataset import Dataset, Indices, Partition
 from fedsim.errors import DataError
 from fedsim.rng import Key
 
+# Far beyond any use: shares are then equal to a part in a thousand. At 1e308 their sum would overflow, and the shares
+# would all be 0.
+MAX_ALPHA = 1e6
+
 
 class Partitioner(NamedTuple):
     """What an entry point of ``fedsim.partitioners`` gives; a module with the same two names does as well."""
@@ -91,7 +95,9 @@ class SampledConfig(PartitionConfig):
     name: Literal["sampled"] = "sampled"
     clients: int = Field(1000, ge=1, le=10**9)
     size: int = Field(20, ge=1, description="examples of each client")
-    alpha: float | None = Field(None, gt=0, description="label skew: each client's label shares are Dirichlet(alpha)")
+    alpha: float | None = Field(
+        None, gt=0, le=MAX_ALPHA, description="label skew: each client's label shares are Dirichlet(alpha)"
+    )
 
 
 class Sampled:
@@ -114,8 +120,6 @@ class Sampled:
         if self._alpha is None:
             return np.sort(rng.choice(self._examples, self._size, replace=False, shuffle=False))
         shares = rng.dirichlet(np.full(len(self._pools), self._alpha))
-        if not np.isfinite(shares).all():  # below about 1e-300 the draw underflows to 0/0; its limit is a single label
-            shares = np.eye(len(self._pools))[rng.integers(len(self._pools))]
         counts = rng.multinomial(self._size, shares)
         given = np.minimum(counts, self._room)
         given += rng.multivariate_hypergeometric(self._room - given, self._size - given.sum(), method="marginals")

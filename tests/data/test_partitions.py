@@ -95,7 +95,7 @@ def test_iid_is_balanced_or_refused(examples: int, count: int, seed: int) -> Non
 
 @few
 @given(
-    alpha=st.floats(min_value=5e-324, max_value=1e308),
+    alpha=st.floats(min_value=5e-324, max_value=1e6),
     count=st.integers(1, 300),
     balance=st.booleans(),
     least=st.integers(1, 400),
@@ -118,6 +118,12 @@ def test_dirichlet_partitions_or_names_the_option(alpha: float, count: int, bala
         return
     assert said.startswith(("data.partition.alpha: ", "data.partition.min_partition_size: "))
     assert "\n" not in said
+
+
+def test_dirichlet_draws_other_shares_for_another_seed() -> None:
+    """The shuffle alone would move examples between clients, and leave the sizes as they are."""
+    sizes = [[len(c) for c in clients(build({"name": "dirichlet", "clients": 10}, world(), seed))] for seed in (0, 1)]
+    assert sorted(sizes[0]) != sorted(sizes[1])
 
 
 def test_dirichlet_follows_alpha() -> None:
@@ -149,7 +155,7 @@ def test_a_million_sampled_clients_cost_nothing_until_asked() -> None:
 @few
 @given(
     size=st.integers(1, 300),
-    alpha=st.none() | st.floats(min_value=5e-324, max_value=1e308),
+    alpha=st.none() | st.floats(min_value=5e-324, max_value=1e6),
     client=st.integers(0, 10**6 - 1),
 )
 def test_sampled_clients_hold_distinct_examples(size: int, alpha: float | None, client: int) -> None:
@@ -260,7 +266,7 @@ def test_sequences_have_no_label_of_their_own(options: dict[str, Any]) -> None:
         build(options, data._replace(train=sequences))
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "0.5"])
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 1e308, "0.5"])
 @pytest.mark.parametrize("name", ["dirichlet", "sampled"])
 def test_alpha_is_a_positive_number(name: str, alpha: Any) -> None:
     from fedsim.config import check
