@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Which batches a client sees: ``epochs`` passes over its examples, or ``steps`` batches from as many as it takes."""
+    """Which batches a client sees: ``epochs`` passes over its examples, or ``steps`` batches of as many as it takes."""
 
     batch_size: int
     epochs: int = 1
@@ -71,7 +71,7 @@ class Visit(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A client's work, finished: ``value`` travels, ``memory`` stays ({}: none), ``metrics`` are scalars to be averaged."""
+    """A client's work: ``value`` travels, ``memory`` stays ({}: none), ``metrics`` are scalars to be averaged."""
 
     value: Payload
     memory: Payload
