@@ -1,4 +1,4 @@
-"""A run from its config: build everything, then write. The only module that puts kernel, clients and server together."""
+"""A run from its config: build everything, then write. Here the kernel, the clients and the server come together."""
 
 import fcntl
 import logging
@@ -66,13 +66,17 @@ def assemble(experiment: Experiment, federation: Federation, task: Task, order: 
     key, memory, population = Key.root(experiment.seed), Memory(), len(federation)
 
     if isinstance(strategy, foreign.Foreign):
-        return Session(experiment, federation, task, _foreign(experiment, federation, task, strategy, memory, order), memory)
+        return Session(
+            experiment, federation, task, _foreign(experiment, federation, task, strategy, memory, order), memory
+        )
 
     local = evaluation(task, strategy, experiment.evaluate.batch_size)
     panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
     app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, key)
     grid = InlineGrid(federation, experiment.engine, memory, app, order)
-    driver = Native(strategy, executor(experiment, federation, grid), key, population, experiment.strategy.cohort, panel)
+    driver = Native(
+        strategy, executor(experiment, federation, grid), key, population, experiment.strategy.cohort, panel
+    )
     return Session(experiment, federation, task, driver, memory)
 
 
@@ -153,7 +157,9 @@ def run(
             session.memory.update(found.memory)
             session.memory.changed.clear()
         began = (out / record.METRICS).exists()
-        opened = record.reopen(out, done, clock=clock) if began else record.create(out, config.dump(experiment), clock=clock)
+        opened = (
+            record.reopen(out, done, clock=clock) if began else record.create(out, config.dump(experiment), clock=clock)
+        )
         with opened as book:
             try:
                 with stoppable():
