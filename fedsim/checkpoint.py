@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, never a pickle.
 
-A value (named tuples, dicts, lists, numbers, tensors, arrays) is one safetensors file: its tensors, and its structure as
-JSON in the header. A checkpoint is a folder that appears by one rename. Clients' memories are files of their own,
+A value (named tuples, dicts, lists, numbers, tensors, arrays) is one safetensors file: its tensors, and its structure
+as JSON in the header. A checkpoint is a folder that appears by one rename. Clients' memories are files of their own,
 written when they change, so that a checkpoint costs O(cohort) and not O(population).
 
     checkpoint/round-00000012/manifest.json  state.safetensors
