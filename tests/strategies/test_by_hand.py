@@ -48,7 +48,7 @@ def test_fedavg_is_its_readable_twin() -> None:
 
 
 def test_fedprox_by_hand() -> None:
-    """Two steps from w: w₁ = w + ½(c − w); w₂ = w₁ + ½(c − w₁ − μ(w₁ − w)). With μ = 1: client 0: 2, then 2; client 1: 4, 4."""
+    """Two steps from w: w₁ = w + ½(c − w) and w₂ = w₁ + ½(c − w₁ − μ(w₁ − w))."""
     two = {"lr": 0.5, "batch_size": 8, "epochs": 2, "mu": 1.0, "weighting": "uniform"}
     # client 0: w₁ = 2, w₂ = 2 + ½(1 − 2 + 1) = 2; client 1: w₁ = 4, w₂ = 4 + ½(5 − 4 − 1) = 4
     assert w(fedprox.build(fedprox.Config(**two), TASK)) == 3.0
