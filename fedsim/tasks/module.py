@@ -83,7 +83,7 @@ def from_module(
         with seeded(generator):
             fresh = {name: p for name, p in make().named_parameters() if p.requires_grad}
         if list(fresh) != names:
-            raise ConfigError(f"task.model: other parameters at each call ({sorted(set(names) ^ set(fresh))})")
+            raise ConfigError(f"task.model: has other parameters at each call: {sorted(set(names) ^ set(fresh))}")
         # A copy, since a module may share its memory with something else (tied or cached tensors).
         return {name: p.detach().to(generator.device, dtype, copy=True) for name, p in fresh.items()}
 
@@ -175,8 +175,12 @@ class _Functional:
 
     def __init__(self, module: nn.Module) -> None:
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
-        for slots, key, name in _slots(prototype := copy.deepcopy(module)):
-            slots[key] = nn.Parameter(torch.empty_like(module.get_parameter(name), device="meta"))
+        prototype = copy.deepcopy(module)
+        places = {
+            name: nn.Parameter(torch.empty_like(module.get_parameter(name), device="meta")) for name in self.names
+        }
+        for parameters, key, name in _slots(prototype):
+            parameters[key] = places[name]  # the same for tied parameters, which are thus still known to be tied
         self._prototype, self._copies = prototype, threading.local()
 
     def bound(self, device: torch.device, training: bool) -> tuple[nn.Module, list[_Slot]]:
@@ -197,7 +201,7 @@ class _Functional:
 
     def __call__(self, params: Tree, x: Tensor, training: bool) -> Tensor:
         if len(params) != len(self.names):
-            raise ValueError(f"parameters differ in {sorted(params.keys() ^ set(self.names))}")
+            raise ValueError(f"parameters differ: {sorted(params.keys() ^ set(self.names))}")
         module, slots = self.bound(next(iter(params.values())).device, training)
         kept = [parameters[key] for parameters, key, _ in slots]
         try:
@@ -266,7 +270,8 @@ def _try(call: _Functional, predict: Any, loss: Any, params: Tree, tiny: Batch, 
 def _unbatchable(loss: Callable[[Tree, Batch], Tensor], params: Tree, tiny: Batch) -> str | None:
     """Why a block of clients cannot be stacked, found by trying it with two clients of one example; or None.
 
-    The loss alone is tried: ``torch.func.grad`` would load torch._dynamo (0.6 s), in vain where clients run one by one.
+    The loss alone is tried, as evaluation needs the forward pass too, and ``torch.func.grad`` would load torch._dynamo
+    (0.6 s), in vain where clients run one by one.
     """
     stacked = {name: p.expand(2, *p.shape) for name, p in params.items()}
     batch = Batch(tiny.x.expand(2, *tiny.x.shape), tiny.y.expand(2, *tiny.y.shape), torch.ones(2, 1))
