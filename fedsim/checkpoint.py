@@ -24,6 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from fedsim.errors import ResumeError
+from fedsim.files import sync, write
 from fedsim.memory import Memory
 
 log = logging.getLogger("fedsim")
@@ -124,27 +125,6 @@ def unpack(path: Path, named: Mapping[str, type]) -> Any:
             return decode(json.loads((f.metadata() or {})["structure"]), tensors, named)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
         raise ResumeError(f"{path}: damaged ({type(e).__name__})") from e
-
-
-def write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file whole or not at all: a neighbour is written, flushed to the disk, and renamed over it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
-    with os.fdopen(descriptor, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make renames inside a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Store:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Literal, Self
 import tomli_w
 
 from fedsim.errors import ConfigError, ResumeError
+from fedsim.files import write
 
 METRICS, SUMMARY, CLIENTS, CONFIG = "metrics.jsonl", "summary.json", "clients.jsonl", "config.toml"
 
@@ -297,25 +298,6 @@ def strict(value: Any) -> Any:
 def encode(row: Mapping[str, Any]) -> bytes:
     """One object as one line of strict JSON, without its newline."""
     return json.dumps(strict(row), allow_nan=False).encode()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file in one step: whatever happens, it holds the old bytes or the new ones, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def peak_rss_mb() -> float:

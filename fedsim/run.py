@@ -15,7 +15,7 @@ from safetensors.torch import save
 from clients.app import client_app
 from clients.evaluate import evaluation
 from clients.sgd import sgd
-from fedsim import checkpoint, config, data, record, registry, tree
+from fedsim import checkpoint, config, data, files, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -171,7 +171,7 @@ def run(
                 book.finish("failed", params_sha256=None, error=str(e))
                 raise
             params = session.driver.params(state)
-            record.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
+            files.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
             return book.finish("completed", params_sha256=tree.digest(params))
 
 

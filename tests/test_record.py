@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedsim import record
+from fedsim import files, record
 from fedsim.errors import ConfigError, ResumeError
 
 CONFIG: dict[str, Any] = {"name": "tiny", "seed": 3, "rounds": 9, "strategy": {"name": "fedavg", "lr": 0.1}}
@@ -112,14 +112,14 @@ def test_an_interrupted_cut_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_failing_replace_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "summary.json"
-    record.write(path, b"old")
+    files.write(path, b"old")
 
     def replace(*_: object) -> None:
         raise OSError("disk gone")
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="disk gone"):
-        record.write(path, b"new")
+        files.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsim import record
+from fedsim import files, record
 from fedsim.errors import ConfigError
 from fedsim.progress import duration, number, size
 from fedsim.report import figures, page
@@ -260,7 +260,7 @@ def _draw(
     accuracy = _curves(rows, groups, "accuracy")
     if out.suffix == ".svg":
         svg = figures.chart("acc", "Accuracy", accuracy, wide=True, fixed=True)
-        record.write(out, figures.standalone(svg).encode())
+        files.write(out, figures.standalone(svg).encode())
         return
     heads, lines = _cells(rows, target)
     numeric = range(heads.index("seeds"), len(heads))
@@ -284,4 +284,4 @@ def _draw(
         page.section("Curves", page.grid(cards)) if cards else "",
         page.note("\n".join(notes)) if notes else "",
     ]
-    record.write(out, page.page("fedsim: comparison", body).encode())
+    files.write(out, page.page("fedsim: comparison", body).encode())

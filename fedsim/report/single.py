@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from fedsim import record
+from fedsim import files, record
 from fedsim.progress import duration, number, size
 from fedsim.report import figures, page
 from fedsim.report.figures import Curve
@@ -34,7 +34,7 @@ def write(run_dir: Path) -> Path:
         *_setup(config, summary),
     ]
     out = run_dir / REPORT
-    record.write(out, page.page(f"{config['name']} – {config['strategy']['name']}", body).encode())
+    files.write(out, page.page(f"{config['name']} – {config['strategy']['name']}", body).encode())
     return out
 
 
