@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import click
 import typer
 
-from fedsim import __version__, offline
+from fedsim import offline
 from fedsim.errors import ConfigError, FedsimError
 
 app = typer.Typer(
@@ -37,7 +37,9 @@ def run(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE]...", help="overrides; commas sweep: seed=1,2,3 strategy.lr=0.01,0.1"),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="folder of the run (of the sweep); default: runs/NAME-TIME")] = None,  # noqa: UP045
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the run (of the sweep); default: runs/NAME-TIME")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
 ) -> None:
     """Run an experiment, or a sweep of them."""
@@ -80,10 +82,10 @@ def _folder(assignments: list[str]) -> str:
 
 
 def _draw_partition(experiment: Any, folder: Path) -> None:
-    from fedsim import data, record
+    from fedsim import data, files
     from fedsim.data import show
 
-    record.write(folder / "partition.svg", show.draw(data.federation(experiment.data, experiment.seed), None).encode())
+    files.write(folder / "partition.svg", show.draw(data.federation(experiment.data, experiment.seed), None).encode())
 
 
 @app.command("list")
