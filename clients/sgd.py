@@ -11,6 +11,7 @@ The formulas are those of ``torch.optim.SGD`` and ``torch.optim.Adam``.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from fedsim import tree
 from fedsim.autodiff import value_and_grad
 from fedsim.config import Closed, StrategyConfig
-from fedsim.types import Batch, Done, Local, Pass, Payload, Schedule, Task, Tree, Visit
+from fedsim.types import Batch, Done, Local, Pass, Payload, Private, Schedule, Task, Tree, Visit
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -94,6 +95,7 @@ class Carry(NamedTuple):
     step: Tensor  # steps taken
     loss: Tensor  # Σ over steps of the batch's mean loss · its examples
     examples: Tensor
+    own: Tensor  # the client's number of examples
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ def sgd(
     ``final`` makes what is sent; without it, {"delta": w_k − w}.
     """
     loss_and_grad = value_and_grad(task.loss)
+    schedule = config.schedule()
+    if task.private:
+        schedule = schedule._replace(sampling="poisson")
 
     def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
         w = start(shared, memory)
@@ -133,16 +138,20 @@ def sgd(
         moments = {"m": tree.zeros(w)} if config.momentum or config.optimizer == "adam" else {}
         if config.optimizer == "adam":
             moments["v"] = tree.zeros(w)
-        return Carry(w, moments, memory, zero + config.rate(visit.round), zero, zero, zero)
+        return Carry(w, moments, memory, zero + config.rate(visit.round), zero, zero, zero, visit.examples)
 
-    def gradient(shared: Payload, c: Carry, batch: Batch, draw: None) -> tuple[Tree, Carry]:
-        loss, g = loss_and_grad(c.params, batch)
+    def gradient(shared: Payload, c: Carry, batch: Batch, draw: Any) -> tuple[Tree, Carry]:
+        if task.private:
+            g, measured = task.private.gradient(c.params, batch, draw, c.own), c
+        else:
+            loss, g = loss_and_grad(c.params, batch)
+            n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
+            measured = c._replace(loss=c.loss + loss.detach() * n, examples=c.examples + n)
         if config.weight_decay:
             g = tree.axpy(config.weight_decay, c.params, g)
         if correction:
             g = tree.add(g, correction(shared, c.memory, c.params))
-        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
-        return g, c._replace(loss=c.loss + loss.detach() * n, examples=c.examples + n)
+        return g, measured
 
     def move(c: Carry, g: Tree) -> Carry:
         t = c.step + 1
@@ -150,7 +159,12 @@ def sgd(
         return c._replace(params=tree.axpy(-c.rate, direction, c.params), moments=moments, step=t)
 
     step = Descent(gradient, move)
-    return Local(init, (Pass(step, config.schedule()),), final or send_delta, remember, None, task.unbatchable)
+    draw = partial(_draw, task.private) if task.private else None
+    return Local(init, (Pass(step, schedule),), final or send_delta, remember, draw, task.unbatchable)
+
+
+def _draw(private: Private, shared: Payload, generator: torch.Generator) -> Any:
+    return private.draw(generator)
 
 
 def send_delta(shared: Payload, c: Carry) -> Done:

@@ -41,10 +41,18 @@ class Guest(NamedTuple):
 
 
 def batches(schedule: Schedule, examples: int, key: Key) -> list[Indices]:
-    """The positions 0..examples-1 of each batch. Epochs are reshuffled; a batch never spans two of them."""
+    """The positions 0..examples-1 of each batch. Epochs are reshuffled; a batch never spans two of them.
+
+    Poisson batches have any size, and may be empty; there are as many as there would be shuffled ones.
+    """
     size, rng = schedule.batch_size, key.numpy()
+    if schedule.sampling == "poisson":
+        rate = min(1.0, size / examples) if examples else 0.0
+        return [np.flatnonzero(rng.random(examples) < rate) for _ in range(_steps(schedule, examples))]
     out: list[Indices] = []
-    while examples and (len(out) < schedule.steps if schedule.steps is not None else len(out) < _steps(schedule, examples)):
+    while examples and (
+        len(out) < schedule.steps if schedule.steps is not None else len(out) < _steps(schedule, examples)
+    ):
         order = rng.permutation(examples) if schedule.shuffle else np.arange(examples)
         out += [order[i : i + size] for i in range(0, examples, size)]
     return out[: schedule.steps] if schedule.steps is not None else out
@@ -85,7 +93,7 @@ def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     about, n = visit(work, federation, guest.client)
     key = work.stream(guest.client)
     carry = local.init(work.shared, remembered(work, guest), about)
-    draws = key.at("draw").torch() if local.draw else None
+    draws = key.at("draw").wide() if local.draw else None
     for p, (step, schedule) in enumerate(local.passes):
         rows = torch.from_numpy(federation.indices(guest.client, schedule.split)).to(data.x.device)
         x, y = data.x[rows], data.y[rows]
@@ -105,7 +113,7 @@ def batched(work: Work, federation: Federation, guests: Sequence[Guest]) -> list
     order = sorted(range(len(guests)), key=lambda i: -_steps(first, sizes[i]))
     guests = [guests[i] for i in order]
     keys = [work.stream(g.client) for g in guests]
-    draws = [key.at("draw").torch() for key in keys] if local.draw else None
+    draws = [key.at("draw").wide() for key in keys] if local.draw else None
 
     about = Visit(
         work.round,
@@ -118,13 +126,14 @@ def batched(work: Work, federation: Federation, guests: Sequence[Guest]) -> list
 
     for p, (step, schedule) in enumerate(local.passes):
         plans = [
-            (federation.indices(g.client, schedule.split), key.at("batches", p)) for g, key in zip(guests, keys, strict=True)
+            (federation.indices(g.client, schedule.split), key.at("batches", p))
+            for g, key in zip(guests, keys, strict=True)
         ]
         chosen = [[rows[b] for b in batches(schedule, len(rows), key)] for rows, key in plans]
         if any(len(a) < len(b) for a, b in zip(chosen, chosen[1:], strict=False)):
             raise ValueError("passes over splits of different order cannot run in a block")
         run = torch.vmap(partial(step, shared), in_dims=(0, 0, None if draws is None else 0))
-        carry = _loop(run, carry, chosen, schedule.batch_size, data.x, data.y, local, shared, draws)
+        carry = _loop(run, carry, chosen, data.x, data.y, local, shared, draws)
 
     done = torch.vmap(lambda c: local.final(shared, c))(carry)
     results: list[tuple[Done, int] | None] = [None] * len(guests)
@@ -137,7 +146,6 @@ def _loop(
     run: Any,
     carry: Any,
     chosen: list[list[Indices]],
-    size: int,
     x: Tensor,
     y: Tensor,
     local: Local,
@@ -146,7 +154,7 @@ def _loop(
 ) -> Any:
     """Step the block until its longest client is done, letting go of clients as they finish."""
     lengths = [len(c) for c in chosen]
-    width = min(size, max((len(b) for c in chosen for b in c), default=1))
+    width = max((len(b) for c in chosen for b in c), default=1) or 1  # Poisson batches may all be empty
     rows = np.zeros((lengths[0], len(chosen), width), dtype=np.int64)
     weight = np.zeros((lengths[0], len(chosen), width), dtype=np.float32)
     for k, mine in enumerate(chosen):
@@ -176,4 +184,3 @@ def _loop(
 def _stack(values: Sequence[Any]) -> Any:
     """Equal structures, stacked leaf by leaf."""
     return pytree.tree_map(lambda *leaves: torch.stack(leaves), *values)
-

@@ -92,6 +92,68 @@ class CheckpointConfig(Closed):
     keep: int = Field(2, ge=1, le=1000)
 
 
+class AdaptiveClip(Closed):
+    """``[privacy.adaptive]``: C follows a quantile of the clients' norms (Andrew et al. 2021, arXiv:1905.03871)."""
+
+    quantile: float = Field(0.5, gt=0, lt=1, description="γ, the share of clients that shall not be clipped")
+    rate: float = Field(0.2, gt=0, le=1, description="η_C: C ← C exp(−η_C (share − γ))")
+    bit_noise: float | None = Field(None, gt=0, description="σ_b, on the count of unclipped clients; else cohort/20")
+
+
+MIN_NOISE, MAX_NOISE = 0.2, 1e4  # outside, accountants are slow, imprecise, or ask for tens of GiB
+MAX_STEPS = 10_000_000
+
+
+class PrivacyConfig(Closed):
+    """``[privacy]``: differential privacy, of each client's examples or of each client as a whole."""
+
+    mode: Literal["example", "client"]
+    noise_multiplier: float | None = Field(None, description="σ: the noise's deviation is σ times the clipping norm")
+    target_epsilon: float | None = Field(None, description="ε that all rounds together may cost; σ is found for it")
+    delta: float = Field(description="δ; well below 1/(number of units)")
+    allow_weak_delta: bool = Field(False, description="accept a δ above 1/(number of units)")
+    max_grad_norm: float | None = Field(None, description="C of an example's gradient (mode 'example')")
+    clip: float | None = Field(None, description="C of a client's update (mode 'client')")
+    adaptive: AdaptiveClip | None = Field(None, description="let C follow the clients' norms; clip is where it starts")
+    accountant: Literal["rdp", "prv", "pld"] = "rdp"
+    max_epsilon: float | None = Field(None, description="the run stops before it would spend more")
+    sampling: Literal["poisson", "fixed", "shuffle"] = "poisson"
+    noise: Literal["os", "seeded"] = Field("os", description="seeded: repeatable from the config, no privacy at all")
+    grad_sample: Literal["auto", "batched", "opacus"] = Field("auto", description="how gradients of examples are had")
+
+    @model_validator(mode="after")
+    def _sane(self) -> "PrivacyConfig":
+        for name in ("noise_multiplier", "target_epsilon", "max_epsilon", "max_grad_norm", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"{name}: must be greater than 0 (got {value})")
+        if not 1e-16 <= self.delta < 1:
+            raise ValueError(f"delta: must be at least 1e-16 and less than 1 (got {self.delta})")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            got = "neither" if self.target_epsilon is None else "both"
+            raise ValueError(f"noise_multiplier: give either noise_multiplier or target_epsilon (got {got})")
+        sigma = self.noise_multiplier
+        if sigma is not None and not MIN_NOISE <= sigma <= MAX_NOISE:
+            raise ValueError(f"noise_multiplier: must be in {MIN_NOISE}..{MAX_NOISE:g} (got {sigma})")
+        wanted, other = ("max_grad_norm", "clip") if self.mode == "example" else ("clip", "max_grad_norm")
+        if getattr(self, wanted) is None:
+            raise ValueError(f"{wanted}: missing; mode '{self.mode}' needs the norm to clip to")
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other}: does not belong to mode '{self.mode}', which clips to {wanted}")
+        if self.sampling != "poisson":
+            raise ValueError(
+                f"sampling: must be 'poisson', the sampler that the accountants assume (got '{self.sampling}')"
+            )
+        claim = next((name for name in ("target_epsilon", "max_epsilon") if getattr(self, name) is not None), None)
+        if self.noise == "seeded" and claim:
+            raise ValueError(f"noise: 'seeded' protects nobody, so there can be no {claim}; give noise_multiplier")
+        if self.mode == "client" and self.grad_sample != "auto":
+            raise ValueError("grad_sample: belongs to mode 'example'")
+        if self.mode == "example" and self.adaptive:
+            raise ValueError("adaptive: belongs to mode 'client'")
+        return self
+
+
 class Experiment(Closed):
     """A whole experiment. Together with nothing else, it decides every number of a run."""
 
@@ -104,6 +166,7 @@ class Experiment(Closed):
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    privacy: PrivacyConfig | None = None
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+_MT_WORDS = 624
+
 
 class Key(NamedTuple):
     """The name of a stream: a seed and the digest of a path of words and numbers."""
@@ -31,6 +33,19 @@ class Key(NamedTuple):
     def numpy(self) -> np.random.Generator:
         """A fresh generator for permutations and choices; equal keys give equal draws."""
         return np.random.Generator(np.random.Philox(key=int.from_bytes(self.digest, "little")))
+
+    def wide(self) -> torch.Generator:
+        """Like ``torch()`` on the CPU, with all 128 bits of the name in it.
+
+        ``manual_seed`` keeps 32 bits there: few enough to try them all, and to meet one twice in 65,000 streams. Noise
+        that protects somebody is drawn from here.
+        """
+        generator = torch.Generator()
+        state = generator.get_state()
+        words = np.random.Philox(key=int.from_bytes(self.digest, "little")).random_raw(_MT_WORDS)
+        # The state is three words, then the Mersenne Twister's 624 numbers of 32 bits in as many words.
+        state.numpy().view(np.uint64)[3 : 3 + _MT_WORDS] = words >> np.uint64(32)
+        return generator.set_state(state)
 
     def torch(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator for tensors; equal keys on one device type give equal draws."""

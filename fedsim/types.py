@@ -9,7 +9,7 @@ its tensors allow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ class Task(NamedTuple):
     classes: int
     population: int
     unbatchable: str | None = None  # why a block of clients cannot be stacked, e.g. a layer without a batching rule
+    module: Callable[[], Any] | None = None  # a fresh nn.Module with these parameters, where the task was made from one
+    private: Private | None = None  # how clients must get their gradients; set by ``clients.dp_sgd``
+
+
+class Private(NamedTuple):
+    """The only way to an example under example-level privacy.
+
+    gradient: (params, batch, draw, the client's number of examples) -> a noisy gradient
+    draw:     (generator) -> the randomness of one step, for ``gradient``
+    """
+
+    gradient: Callable[[Tree, Batch, Any, Tensor], Tree]
+    draw: Callable[[torch.Generator], Any]
 
 
 class Schedule(NamedTuple):
@@ -60,6 +73,7 @@ class Schedule(NamedTuple):
     steps: int | None = None
     shuffle: bool = True
     split: str = "train"  # or "holdout"
+    sampling: Literal["shuffle", "poisson"] = "shuffle"  # poisson: each example is in a batch with probability size/n
 
 
 class Visit(NamedTuple):
@@ -127,12 +141,19 @@ class Reducer(NamedTuple, Generic[A, M]):
 
     The engine folds over the positions of the cohort in a tree of fixed shape, so the result depends neither on the
     order of arrival nor on which worker ran which block. ``finish`` gets None where no client reported; it gives None
-    where there is nothing to learn from, and the server's state then stays as it is.
+    where there is nothing to learn from, and the server's state then stays as it is. ``screen`` is what the server does
+    with a report before ``lift``, knowing the broadcast; a ``ValueError`` drops the client, and names it.
     """
 
     lift: Callable[[Report], A]
     merge: Callable[[A, A], A]
     finish: Callable[[A | None], M | None]
+    screen: Callable[[Payload, Report], Any] | None = None  # (broadcast, report) -> what lift takes
+    mean: Literal["uniform", "examples"] | None = None  # a weighted mean and nothing else: what it weighs by
+
+    def take(self, shared: Payload, report: Report) -> A:
+        """The accumulator of one report to this broadcast."""
+        return self.lift(self.screen(shared, report) if self.screen else report)
 
 
 class Phase(NamedTuple, Generic[S]):

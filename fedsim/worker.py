@@ -57,10 +57,15 @@ def run(
             values.append(None)
             continue
         done, _ = result
+        try:
+            values.append(reduce.take(work.shared, report))
+        except ValueError as e:  # the server's screen
+            failures.append(Failure(guest.client, str(e)))
+            values.append(None)
+            continue
         if done.memory:
             memory[guest.client] = done.memory
         clients, examples, bytes_up = clients + 1, examples + report.examples, bytes_up + tree.nbytes(report.value)
-        values.append(reduce.lift(report))
     nodes = leaves(values, start, reduce.merge, cohort)
     return Partial(nodes, memory, tuple(failures), clients, examples, bytes_up)
 

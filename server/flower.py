@@ -59,10 +59,17 @@ class Messages:
             else:
                 reports[position] = result
                 del failures[client]
+        lifted: list[Any] = [None] * len(clients)
+        for i, report in enumerate(reports):
+            if report is not None:
+                try:
+                    lifted[i] = reduce.take(work.shared, report)
+                except ValueError as e:  # the server's screen
+                    failures[clients[i]], reports[i] = Failure(clients[i], str(e)), None
         self._on_failure(tuple(failures.values()), work)
         fold: Fold[Any] = Fold(len(clients), reduce.merge)
-        for i, report in enumerate(reports):
-            fold.add(Node(0, i, None if report is None else reduce.lift(report)))
+        for i, value in enumerate(lifted):
+            fold.add(Node(0, i, value))
         done = [r for r in reports if r is not None]
         return Outcome(
             fold.result() if clients else None,
@@ -140,7 +147,7 @@ class AsFlower(FlowerStrategy):
         reports = [r for r in results if isinstance(r, Report)]
         fold: Fold[Any] = Fold(len(reports), phase.reduce.merge)
         for i, report in enumerate(reports):
-            fold.add(Node(0, i, phase.reduce.lift(report)))
+            fold.add(Node(0, i, phase.reduce.take(phase.broadcast(self._state), report)))
         result = phase.reduce.finish(fold.result() if reports else None)
         if result is None:
             return None, None

@@ -83,9 +83,14 @@ class Native(Generic[S]):
         population: int,
         cohort: int,
         panel: Panel | None = None,
+        streams: Key | None = None,
+        choose: Callable[[int], list[int]] | None = None,
     ) -> None:
+        """``streams``: the clients' draws, where ``key`` (a public one) must not be; ``choose``: a round's cohort."""
         self._strategy, self._executor, self._key = strategy, executor, key
         self._population, self._cohort, self._panel = population, cohort, panel
+        self._streams = streams or key
+        self._choose = choose or (lambda round: sampling.uniform(key.at("cohort", round), population, cohort))
 
     @property
     def is_global(self) -> bool:
@@ -96,8 +101,7 @@ class Native(Generic[S]):
         return self._strategy.init(self._key.at("init").torch())
 
     def train(self, state: S, round: int) -> tuple[S, Trained]:
-        cohort = sampling.uniform(self._key.at("cohort", round), self._population, self._cohort)
-        return run_round(self._strategy, state, round, cohort, self._executor, self._key)
+        return run_round(self._strategy, state, round, self._choose(round), self._executor, self._streams)
 
     def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None:
         if self._panel is None:

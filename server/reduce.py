@@ -68,7 +68,7 @@ def weighted_mean(
         value = {c: {n: (x / s.weight).to(s.dtypes[c][n]) for n, x in part.items()} for c, part in s.value.items()}
         return Mean(value, {n: v / max(s.measured, 1.0) for n, v in s.metrics.items()}, s.clients, s.examples)
 
-    return Reducer(lift, merge, finish)
+    return Reducer(lift, merge, finish, mean=None if gauge else weighting)
 
 
 def collect() -> Reducer[tuple[Report, ...], tuple[Report, ...]]:

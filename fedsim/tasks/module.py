@@ -97,7 +97,8 @@ def from_module(
     tiny = Batch(x.to(dtype) if x.is_floating_point() else x, y)
     start = {name: p.detach() for name, p in prototype.named_parameters() if p.requires_grad}
     _try(call, predict, loss, start, tiny, classes)
-    return Task(init, predict, loss, _Score(predict), classes, population, _unbatchable(loss, start, tiny))
+    unbatchable = _unbatchable(loss, start, tiny)
+    return Task(init, predict, loss, _Score(predict), classes, population, unbatchable, lambda: make().to(dtype))
 
 
 def from_dataset(make: Callable[[], nn.Module], config: TaskConfig, dataset: Dataset, population: int) -> Task:
