@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 from toys import dataset, text
@@ -211,6 +212,49 @@ def test_logistic_regression_by_hand() -> None:
     assert grads["linear.weight"][3].tolist() == pytest.approx([-0.9, -1.8, -2.7, -3.6], abs=1e-14)
     assert grads["linear.weight"][0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=1e-14)
     assert grads["linear.bias"].sum().item() == pytest.approx(0, abs=1e-14)
+
+
+def test_the_cnn_by_its_definition() -> None:
+    # ReLU before the pooling, as the paper has it
+    task = cnn.build(cnn.Config(channels=(3, 4), hidden=6, dtype="float64"), dataset(3, 9, 8), 1)
+    p, x = start(task), dataset(3, 9, 8).train.x.double()
+    for layer in ("conv1", "conv2"):
+        x = F.max_pool2d(F.conv2d(x, p[f"{layer}.weight"], p[f"{layer}.bias"], padding=2).relu(), 2)
+    hidden = (x.flatten(1) @ p["fc1.weight"].T + p["fc1.bias"]).relu()
+    logits = hidden @ p["fc2.weight"].T + p["fc2.bias"]
+    torch.testing.assert_close(task.predict(p, dataset(3, 9, 8).train.x.double()), logits)
+
+
+def test_the_resnet_by_its_definition() -> None:
+    task = resnet18.build(resnet18.Config(width=4, groups=2, dtype="float64"), dataset(1, 16, 16), 1)
+    p, images = start(task), dataset(1, 16, 16).train.x.double()
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        w = p[f"{conv}.weight"]
+        x = F.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
+        return F.group_norm(x, 2, p[f"{norm}.weight"], p[f"{norm}.bias"])
+
+    x = layer(images, "stem", "norm").relu()
+    for stage in (1, 2, 3, 4):
+        for i in (0, 1):
+            name, stride = f"stage{stage}.{i}", 2 if stage > 1 and i == 0 else 1
+            y = layer(x, f"{name}.conv1", f"{name}.norm1", stride).relu()
+            y = layer(y, f"{name}.conv2", f"{name}.norm2")
+            x = layer(x, f"{name}.shortcut.conv", f"{name}.shortcut.norm", stride) if stride == 2 else x
+            x = (x + y).relu()
+    assert x.shape[1:] == (32, 2, 2)
+    logits = x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
+    torch.testing.assert_close(task.predict(p, images), logits)
+
+
+@pytest.mark.parametrize("module", [char_lstm, char_gru])
+def test_the_next_character_is_predicted_from_those_before(module: ModuleType) -> None:
+    data = text()
+    task = module.build(module.Config(hidden=6, dtype="float64"), data, 1)
+    params, x = start(task), data.train.x
+    before, after = task.predict(params, x), task.predict(params, torch.cat([x[:, :4], (x[:, 4:] + 1) % 11], 1))
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert (before[:, 4:] != after[:, 4:]).any(-1).all()
 
 
 def test_grey_images_with_and_without_a_channel_are_one_model() -> None:
