@@ -1,14 +1,16 @@
 """Plugins by name. Ours are registered in the same way as a stranger's: by entry points.
 
-A name is an entry point of the group, or ``package.module:Class`` for code that is not installed as a plugin. What it
-gives is either a module or object with ``Config`` and ``build``, or (strategies) a subclass of Flower's ``Strategy``.
+A name is an entry point of the group, ``package.module:object``, or a file of one's own (``mine.py``). What it gives is
+a module or object with ``Config`` and ``build``, or a class of Flower's (strategies), or a function that returns an
+``nn.Module`` (tasks).
 """
 
-import importlib
+import importlib.util
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fedsim.errors import ConfigError, did_you_mean
@@ -30,18 +32,20 @@ def installed(group: str) -> dict[str, EntryPoint]:
 def load(group: str, name: str) -> Any:
     """The plugin of this name. Raises ``ConfigError``: unknown name (nearest one suggested), or broken plugin."""
     known = installed(group)
-    if ":" in name:
-        target, of = EntryPoint(name, name, f"fedsim.{group}"), f"'{name}'"
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            # A console script does not see the folder it is called from; a user's own module usually lies there.
-            importlib.invalidate_caches()
-            sys.path.append(str(Path.cwd()))
-    elif name in known:
-        target, of = known[name], f"'{name}' ({known[name].value})"
-    else:
-        raise ConfigError(f"'{name}' not found{did_you_mean(name, list(known))} (installed: {', '.join(known)})")
+    of = f"'{name}'"
     try:
-        plugin = target.load()
+        if name.endswith(".py"):
+            plugin = _file(Path(name))
+        elif ":" in name:
+            _see_current_folder()
+            plugin = EntryPoint(name, name, f"fedsim.{group}").load()
+        elif name in known:
+            of = f"'{name}' ({known[name].value})"
+            plugin = known[name].load()
+        else:
+            raise ConfigError(f"{of} not found{did_you_mean(name, list(known))} (installed: {', '.join(known)})")
+    except ConfigError:
+        raise
     except Exception as e:
         raise ConfigError(f"plugin {of} cannot be loaded: {type(e).__name__}: {e}") from e
     if group == "strategies" and isinstance(plugin, type):
@@ -53,3 +57,32 @@ def load(group: str, name: str) -> Any:
         if not hasattr(plugin, needed):
             raise ConfigError(f"plugin {of} has no '{needed}'")
     return plugin
+
+
+def _see_current_folder() -> None:
+    """A console script does not see the folder it is called from; a user's own module usually lies there."""
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        importlib.invalidate_caches()
+        sys.path.append(here)
+
+
+def _file(path: Path) -> ModuleType:
+    """The module in a file, loaded once."""
+    where = path.resolve()
+    loaded = sys.modules.get(where.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(where):
+        return loaded
+    if loaded is not None:
+        raise ConfigError(f"'{path}': a module '{where.stem}' is already loaded from elsewhere; rename the file")
+    spec = importlib.util.spec_from_file_location(where.stem, where)
+    if spec is None or spec.loader is None or not where.is_file():
+        raise ConfigError(f"'{path}': no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[where.stem] = module  # classes find their module by name, and so does whoever pickles them
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[where.stem]
+        raise
+    return module
