@@ -33,6 +33,7 @@ def load(group: str, name: str) -> Any:
     """The plugin of this name. Raises ``ConfigError``: unknown name (nearest one suggested), or broken plugin."""
     known = installed(group)
     of = f"'{name}'"
+    plugin: Any
     try:
         if name.endswith(".py"):
             plugin = _file(Path(name))
