@@ -190,6 +190,20 @@ def bench(
     benchmarks.run(name, rounds)
 
 
+@app.command()
+def reproduce(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="the claims of a paper (TOML)")],
+    quick: Annotated[bool, typer.Option("--quick", help="a few rounds of one seed: does it run?")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="run again what was run before")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="make these figures the expected ones")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="runs at a time, one thread each")] = 2,
+) -> None:
+    """Run a paper's claims, judge them, and write results.json beside FILE."""
+    from fedsim.reproduce import reproduce as run_claims
+
+    run_claims(file, quick=quick, fresh=fresh, accept=accept, workers=workers)
+
+
 @data_app.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="a data set")]) -> None:
     """Fetch a data set through the package client, verify it, and keep it."""

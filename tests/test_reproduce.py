@@ -1,0 +1,196 @@
+"""The language of claims against numbers worked out by hand, and a reproduction from a file to its results."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsim import claims, reproduce
+from fedsim.claims import Grid, Result
+from fedsim.errors import ConfigError
+
+
+def result(*accuracies: float | None, up: int = 10) -> Result:
+    lines = [{"round": i, "accuracy": a, "bytes_up": up} for i, a in enumerate(accuracies, 1)]
+    return Result(lines, {"total_bytes_up": up * len(lines)})
+
+
+# Two cells and two seeds: means of the last two rounds are 0.3 and 0.5 at lr=0.1, 0.7 and 0.8 at lr=0.2.
+SLOW = Grid(
+    {"lr": (0.1, 0.2)},
+    [[result(0.1, 0.2, 0.4), result(0.2, 0.4, 0.6)], [result(0.5, 0.6, 0.8), result(0.5, 0.7, 0.9)]],
+)
+FAST = Grid({}, [[result(0.6, 0.8, 1.0), result(0.8, 0.9, 0.9)]])
+GRIDS = {"slow": SLOW, "fast": FAST}
+
+
+def values(text: str) -> list[list[float]]:
+    return claims.table(text, GRIDS).values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("final(slow, last=2)", [[0.3, 0.5], [0.7, 0.8]]),
+        ("final(slow, lr=0.2, last=2)", [[0.7, 0.8]]),
+        ("at(fast, 2)", [[0.8, 0.9]]),
+        ("best(fast)", [[1.0, 0.9]]),
+        ("reach(slow, 0.6)", [[4, 3], [2, 2]]),  # never, within three rounds: 4 is a lower bound
+        ("fall(slow, 0.2, key='accuracy', lr=0.1)", [[1, 1]]),
+        ("total(fast)", [[30, 30]]),
+        ("summary(fast)", [[30, 30]]),
+        ("max(final(slow, last=2))", [[0.7, 0.8]]),
+        ("min(final(slow, last=2))", [[0.3, 0.5]]),
+        ("spread(final(slow, last=2))", [[0.4, 0.3]]),
+        ("mean(final(slow, last=2))", [[0.5, 0.65]]),
+        ("sd(final(slow, last=2, lr=0.1))", [[math.sqrt(0.02)]]),
+        ("reach(slow, 0.6) / reach(fast, 0.6)", [[4, 3], [2, 2]]),
+        ("2 * at(fast, 2) - 1", [[0.6, 0.8]]),
+    ],
+)
+def test_figures_by_hand(text: str, expected: list[list[float]]) -> None:
+    np.testing.assert_allclose(values(text), expected, rtol=1e-12)
+
+
+def test_a_comparison_is_of_means_and_holds_in_every_cell() -> None:
+    assert claims.judge("final(fast) > final(slow)", GRIDS).holds
+    assert claims.judge("final(slow, last=2) >= 0.4", GRIDS).holds  # the mean of 0.3 and 0.5, though one is below
+    assert not claims.judge("final(slow, last=2) >= 0.41", GRIDS).holds  # only one cell of two
+    assert claims.judge("final(fast) > final(slow, lr=0.2) > final(slow, lr=0.1)", GRIDS).holds
+    assert not claims.judge("final(fast) > final(slow, lr=0.1) > final(slow, lr=0.2)", GRIDS).holds
+
+
+def test_what_is_missing_makes_a_claim_false() -> None:
+    grids = {"gone": Grid({}, [[result(0.9, None, last) for last in (None, 0.8)]])}
+    assert not claims.judge("final(gone) > 0", grids).holds
+    assert not claims.judge("final(gone) < 1", grids).holds
+    assert not claims.judge("max(final(gone)) < 1", grids).holds
+    assert not claims.judge("at(gone, 9) < 1", grids).holds
+
+
+def test_figures_are_named_by_their_text() -> None:
+    found = claims.judge("reach(slow, 0.6) / reach(fast, 0.6) >= 2", GRIDS).figures
+    assert list(found) == ["reach(slow, 0.6)", "reach(fast, 0.6)", "reach(slow, 0.6) / reach(fast, 0.6)"]
+    assert found["reach(slow, 0.6)"].cells == ("lr=0.1", "lr=0.2")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("final(slwo) > 0", "did you mean 'slow'"),
+        ("finl(slow) > 0", "did you mean 'final'"),
+        ("final(slow, lr=0.3) > 0", "was not run"),
+        ("final(slow, alpha=1) > 0", "no axis 'alpha'"),
+        ("final(slow)", "a claim compares"),
+        ("final(slow) > (", "closed"),
+        ("__import__('os') > 0", "no figure '__import__'"),
+        ("final(slow).values > 0", "cannot be read"),
+        ("reach(slow) > 0", "is not called so"),
+        ("final(slow) != 1", "compare with"),
+    ],
+)
+def test_a_mistake_is_named(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=None) as e:
+        claims.judge(text, GRIDS)
+    assert says in str(e.value)
+
+
+EXPERIMENT = """
+name = "tiny"
+rounds = 3
+data = { name = "digits", partition = { name = "iid", clients = 4 } }
+task = { model = "logistic" }
+strategy = { name = "fedavg", cohort = 2, lr = 0.1 }
+"""
+CLAIMS = """
+title = "Tiny"
+seeds = [1, 2]
+[runs.avg]
+file = "tiny.toml"
+grid = { lr = "strategy.lr=0.001,0.5" }
+[[claims]]
+name = "a larger rate learns faster"
+paper = "obvious"
+holds = ["final(avg, lr=0.5) > final(avg, lr=0.001)"]
+[[claims]]
+name = "and the smallest learns best"
+paper = "nowhere"
+holds = ["final(avg, lr=0.001) > final(avg, lr=0.5)"]
+[[pictures]]
+file = "picture.svg"
+title = "Accuracy"
+curves = { FedAvg = "avg(lr=0.5)" }
+[quick]
+seeds = [1]
+set = ["rounds=1"]
+"""
+
+
+@pytest.fixture
+def paper(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.toml").write_text(EXPERIMENT)
+    (tmp_path / "claims.toml").write_text(CLAIMS)
+    return tmp_path
+
+
+def test_from_a_file_to_its_results(paper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = paper / "cache"
+    reproduce.reproduce(paper / "claims.toml", cache=cache, accept=True)
+    assert "4 runs, 0 of them done before" in capsys.readouterr().out
+    results = json.loads((paper / "results.json").read_text())
+    assert list(results) == ["commit", "machine", "minutes", "seeds", "claims"]
+    assert results["seeds"] == [1, 2] and results["commit"] and results["machine"]
+    first, second = results["claims"]
+    assert list(first) == ["name", "paper", "holds", "figures"]
+    assert (first["holds"], second["holds"]) == (True, False)
+    figure = first["figures"]["final(avg, lr=0.5)"]
+    curves = [
+        [json.loads(line)["accuracy"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in cache.iterdir()
+        if tomllib.loads((folder / "config.toml").read_text())["strategy"]["lr"] == 0.5
+    ]
+    assert len(curves) == figure["n"] == 2
+    assert figure["mean"] == pytest.approx(np.mean(curves), rel=1e-5)
+    assert figure["sd"] == pytest.approx(np.std(np.mean(curves, axis=1), ddof=1), rel=1e-5)
+    assert (paper / "picture.svg").read_text().startswith("<?xml")
+
+    # Again: nothing is run, and the figures are as expected. A run that is gone is run again, to the same numbers.
+    expected = tomllib.loads((paper / "expected.toml").read_text())["figures"]
+    assert expected["final(avg, lr=0.5)"]["mean"] == figure["mean"]
+    (next(cache.iterdir()) / "summary.json").unlink()
+    reproduce.reproduce(paper / "claims.toml", cache=cache, workers=1)
+    out = capsys.readouterr().out
+    assert "4 runs, 3 of them done before" in out and "2 of 2 expected figures" in out
+    assert json.loads((paper / "results.json").read_text())["claims"] == results["claims"]
+
+
+def test_quick_writes_nothing_beside_the_file(paper: Path) -> None:
+    reproduce.reproduce(paper / "claims.toml", quick=True, cache=paper / "cache", workers=1)
+    assert not (paper / "results.json").exists() and not (paper / "picture.svg").exists()
+    assert {len((f / "metrics.jsonl").read_text().splitlines()) for f in (paper / "cache").iterdir()} == {1}
+
+
+def test_a_figure_that_has_moved_is_named(paper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (paper / "expected.toml").write_text('[figures."f"]\nmean = 0.5\nsd = 0.1\ntolerance = 0.1\n')
+    stat = {"mean": 0.65, "sd": 0.1, "n": 3}
+    reproduce._compare(paper / "expected.toml", [{"figures": {"f": stat}}])
+    assert "0 of 1" in (out := capsys.readouterr().out) and "f: 0.65 ± 0.1, expected 0.5 ± 0.1" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("strategy.lr=0.001", "strategy.rate=0.001"), "runs.avg: strategy.rate: unknown key"),
+        (("final(avg, lr=0.5) >", "final(avg, lr=0.7) >"), "was not run"),
+        (("avg(lr=0.5)", "avg"), "a curve is one cell"),
+        (('paper = "nowhere"', ""), "claims.1.paper: missing"),
+    ],
+)
+def test_a_wrong_file_runs_nothing(paper: Path, change: tuple[str, str], says: str) -> None:
+    (paper / "claims.toml").write_text(CLAIMS.replace(*change))
+    with pytest.raises(ConfigError) as e:
+        reproduce.reproduce(paper / "claims.toml", cache=paper / "cache")
+    assert says in str(e.value) and not (paper / "cache").exists()
