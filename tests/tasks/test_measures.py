@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
+from tasks.toys import dataset, text
 from torch import Tensor
-from toys import dataset, text
 
 from fedsim import tree
 from fedsim.tasks import char_gru, mlp

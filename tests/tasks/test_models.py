@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from tasks.toys import dataset, text
 from torch import Tensor
-from toys import dataset, text
 
 from fedsim import registry, tree
 from fedsim.autodiff import value_and_grad

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tasks.toys import dataset
 from torch import nn
-from toys import dataset
 
 from fedsim.config import check
 from fedsim.errors import ConfigError
