@@ -48,11 +48,27 @@ class Steps(Closed):
     factor: float = Field(gt=0, le=1)
 
 
+RateSchedule = Exponential | Cosine | Steps
+
+
+def scheduled(rate: float, schedule: RateSchedule | None, round: int) -> float:
+    """A rate in this round (rounds are counted from 1)."""
+    match schedule:
+        case Exponential(factor=factor):
+            return rate * float(factor) ** (round - 1)
+        case Cosine(rounds=rounds):
+            return rate * (1 + math.cos(math.pi * min(round - 1, rounds) / rounds)) / 2
+        case Steps(every=every, factor=factor):
+            return rate * float(factor) ** ((round - 1) // every)
+        case None:
+            return rate
+
+
 class SgdConfig(StrategyConfig):
     """What every strategy with local gradient steps is told."""
 
     lr: float = Field(0.1, gt=0, description="η, the clients' learning rate")
-    lr_schedule: Annotated[Exponential | Cosine | Steps, Field(discriminator="name")] | None = None
+    lr_schedule: Annotated[RateSchedule, Field(discriminator="name")] | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -74,15 +90,7 @@ class SgdConfig(StrategyConfig):
 
     def rate(self, round: int) -> float:
         """η in this round (rounds are counted from 1)."""
-        match self.lr_schedule:
-            case Exponential(factor=factor):
-                return self.lr * float(factor) ** (round - 1)
-            case Cosine(rounds=rounds):
-                return self.lr * (1 + math.cos(math.pi * min(round - 1, rounds) / rounds)) / 2
-            case Steps(every=every, factor=factor):
-                return self.lr * float(factor) ** ((round - 1) // every)
-            case None:
-                return self.lr
+        return scheduled(self.lr, self.lr_schedule, round)
 
 
 class Carry(NamedTuple):

@@ -49,6 +49,12 @@ def norm(a: Tree) -> Tensor:
     return dot(a, a).sqrt()
 
 
+def cosine(a: Tree, b: Tree) -> Tensor:
+    """The cosine of the angle between two trees, 0 where one of them is zero; shape ()."""
+    lengths = norm(a) * norm(b)
+    return torch.where(lengths > 0, dot(a, b) / lengths, torch.zeros_like(lengths))
+
+
 def cast(a: Tree, like: Tree) -> Tree:
     """``a`` in the dtypes of ``like``."""
     return map(lambda x, y: x.to(y.dtype), a, like)

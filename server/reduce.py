@@ -1,7 +1,8 @@
 """Reductions: how the reports of a cohort become one value."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from statistics import median
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -69,6 +70,36 @@ def weighted_mean(
         return Mean(value, {n: v / max(s.measured, 1.0) for n, v in s.metrics.items()}, s.clients, s.examples)
 
     return Reducer(lift, merge, finish, mean=None if gauge else weighting)
+
+
+class Ranged(NamedTuple):
+    """Another reduction's accumulator, and what each client said of some metrics."""
+
+    inner: Any
+    seen: dict[str, tuple[float, ...]]
+
+
+def ranged(reduce: Reducer[Any, Mean], *names: str) -> Reducer[Ranged, Mean]:
+    """The same mean, and for these metrics ``name_min``, ``name_median`` and ``name_max`` over the clients.
+
+    Memory is a few numbers a client. Whoever puts another reduction in its place (noise) loses these numbers alone.
+    """
+
+    def lift(report: Report) -> Ranged:
+        return Ranged(reduce.lift(report), {n: (report.metrics[n],) for n in names if n in report.metrics})
+
+    def merge(a: Ranged, b: Ranged) -> Ranged:
+        keys = a.seen.keys() | b.seen.keys()
+        return Ranged(reduce.merge(a.inner, b.inner), {n: a.seen.get(n, ()) + b.seen.get(n, ()) for n in sorted(keys)})
+
+    def finish(a: Ranged | None) -> Mean | None:
+        mean = reduce.finish(a.inner if a else None)
+        if a is None or mean is None:
+            return mean
+        of = (("min", min), ("median", median), ("max", max))
+        return mean._replace(metrics=mean.metrics | {f"{n}_{k}": f(v) for n, v in a.seen.items() for k, f in of})
+
+    return reduce._replace(lift=lift, merge=merge, finish=finish)
 
 
 def collect() -> Reducer[tuple[Report, ...], tuple[Report, ...]]:
