@@ -132,22 +132,23 @@ class Store:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._since: dict[int, int] = {}  # client -> the round in which its memory was last written
+        self._since: dict[int, tuple[int, str]] = {}  # client -> the round that last wrote its memory, and its hash
 
     def save(self, round: int, config: Mapping[str, Any], state: Any, memory: Memory, extra: Mapping[str, Any]) -> None:
         """Write the checkpoint of a round; older ones beyond ``keep`` go, and memories that none of them needs."""
         clients = self._folder / "clients"
         clients.mkdir(parents=True, exist_ok=True)
         for client in sorted(memory.changed):
-            write(clients / f"{client}-{round}.safetensors", pack(memory.get(client)))
-            self._since[client] = round
+            packed = pack(memory.get(client))
+            write(clients / f"{client}-{round}.safetensors", packed)
+            self._since[client] = round, sha256(packed).hexdigest()
         packed = pack(state)
         manifest = {
             "format": FORMAT,
             "round": round,
             "config": config,
             "sha256": {"state.safetensors": sha256(packed).hexdigest()},
-            "memory": self._since,
+            "memory": {str(client): [round, digest] for client, (round, digest) in self._since.items()},
             "extra": dict(extra),
         }
         final = self._folder / f"round-{round:08d}"
@@ -156,7 +157,7 @@ class Store:
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         write(temporary / "state.safetensors", packed)
-        write(temporary / "manifest.json", json.dumps(manifest).encode())
+        write(temporary / "manifest.json", json.dumps({**manifest, "self": _seal(manifest)}).encode())
         os.rename(temporary, final)
         sync(self._folder)
         memory.changed.clear()
@@ -187,28 +188,46 @@ class Store:
     def _read(self, folder: Path, named: Mapping[str, type]) -> Checkpoint:
         manifest = _manifest(folder)
         for name, digest in manifest["sha256"].items():
-            try:
-                data = (folder / name).read_bytes()
-            except OSError as e:
-                raise ResumeError(f"{folder / name}: {e.strerror}") from e
-            if sha256(data).hexdigest() != digest:
-                raise ResumeError(f"{folder / name}: damaged (its checksum differs)")
-        since = {int(client): int(round) for client, round in manifest["memory"].items()}
-        memory = {c: unpack(self._folder / "clients" / f"{c}-{r}.safetensors", named) for c, r in since.items()}
+            _verify(folder / name, digest)
+        since = {int(client): (int(round), str(digest)) for client, (round, digest) in manifest["memory"].items()}
+        memory = {}
+        for client, (round, digest) in since.items():
+            path = self._folder / "clients" / f"{client}-{round}.safetensors"
+            _verify(path, digest)
+            memory[client] = unpack(path, named)
         state = unpack(folder / "state.safetensors", named)
         self._since = since
         return Checkpoint(manifest["round"], manifest["config"], state, memory, manifest["extra"])
 
     def _forget(self) -> None:
-        kept = sorted(self._folder.glob("round-*"))
-        for folder in kept[: -self._keep]:
-            shutil.rmtree(folder)
-        needed = set()
-        for folder in kept[-self._keep :]:
-            needed |= {f"{c}-{r}.safetensors" for c, r in _manifest(folder)["memory"].items()}
+        kept: list[dict[str, Any]] = []
+        for folder in sorted(self._folder.glob("round-*"), reverse=True):
+            try:
+                manifest = _manifest(folder)
+            except ResumeError:
+                continue  # of no use, but not ours to judge: it may be of another version
+            if len(kept) < self._keep:
+                kept.append(manifest)
+            else:
+                shutil.rmtree(folder)
+        needed = {f"{c}-{r}.safetensors" for manifest in kept for c, (r, _) in manifest["memory"].items()}
         for path in (self._folder / "clients").iterdir():
             if path.name not in needed:
                 path.unlink()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The hash of a manifest's content, which it carries itself."""
+    return sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _verify(path: Path, digest: str) -> None:
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ResumeError(f"{path}: {e.strerror}") from e
+    if sha256(data).hexdigest() != digest:
+        raise ResumeError(f"{path}: damaged (its checksum differs)")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -221,7 +240,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else "none"
         raise ResumeError(f"{path}: written in format {found}, this version reads {FORMAT}")
-    missing = {"round", "config", "sha256", "memory", "extra"} - manifest.keys()
-    if missing:
-        raise ResumeError(f"{path}: damaged (no {', '.join(sorted(missing))})")
+    seal = manifest.pop("self", None)
+    if seal != _seal(manifest):
+        raise ResumeError(f"{path}: damaged (its checksum differs)")
     return manifest
