@@ -34,7 +34,7 @@ from fedsim.memory import Memory
 from fedsim.rng import Key
 from fedsim.run import Session, assemble
 from fedsim.types import Batch, Local, Pass, Payload, Phase, Strategy, Task, Tree
-from fedsim.worker import reason
+from fedsim.worker import reason, where
 from server.foreign import Foreign
 from server.loop import Trained, run_round
 
@@ -767,8 +767,7 @@ def verdict(of: Subject, rule: Rule) -> str | None:
     except FedsimError as e:
         return str(e).replace("\n", "; ")
     except Exception as e:
-        at = _last_line(e)
-        return f"{reason(e)}{f' ({at})' if at else ''}"
+        return f"{reason(e)} ({where(e)})"
     return None
 
 
@@ -777,15 +776,6 @@ def run(name: str) -> Iterator[tuple[str, str | None]]:
     of = subject(name)
     for rule in rules(of):
         yield rule.title, verdict(of, rule)
-
-
-def _last_line(e: BaseException) -> str:
-    """File and line in which an exception was raised."""
-    frame, last = e.__traceback__, ""
-    while frame is not None:
-        last = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return last
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import click
 import typer
 
 from fedsim import offline
-from fedsim.errors import ConfigError, FedsimError
+from fedsim.errors import ConfigError, FedsimError, Terminated
 
 app = typer.Typer(
     name="fedsim",
@@ -37,9 +37,7 @@ def run(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE]...", help="overrides; commas sweep: seed=1,2,3 strategy.lr=0.01,0.1"),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="folder of the run (of the sweep); default: runs/NAME-TIME")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run (of the sweep); default: runs/NAME-TIME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
 ) -> None:
     """Run an experiment, or a sweep of them."""
@@ -276,9 +274,10 @@ def main() -> None:
     except click.ClickException as e:
         print(f"error: {e.format_message()}", file=sys.stderr)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as e:
         print("stopped; the last checkpoint stands, and --resume goes on from it", file=sys.stderr)
-        sys.exit(130)
+        # click makes an Abort of every interrupt
+        sys.exit(143 if Terminated in (type(e), type(e.__cause__), type(e.__context__)) else 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

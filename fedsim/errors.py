@@ -39,6 +39,12 @@ class ClientError(FedsimError):
         super().__init__(f"client {client} failed in round {round} (seed {seed}): {reason}")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a run stops as it does for Ctrl-C, with the exit code that a shell expects."""
+
+    exit_code = 143
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint naming the nearest known word, or nothing."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -2,10 +2,11 @@
 
 import fcntl
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,13 @@ from fedsim import checkpoint, config, data, files, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
-from fedsim.errors import ConfigError, FedsimError, ResumeError
+from fedsim.errors import ConfigError, FedsimError, ResumeError, Terminated
 from fedsim.grids.inline import Executor, InlineGrid, Order, canonical, check
 from fedsim.memory import Memory
 from fedsim.rng import Key
 from fedsim.tasks import metrics
 from fedsim.types import Strategy, Task
-from fedsim.worker import Failure
+from fedsim.worker import Failure, reason, where
 from server import foreign
 from server.flower import Messages
 from server.loop import Driver, Native, Panel, Round, rounds
@@ -168,11 +169,15 @@ def run(
                 book.finish("stopped", params_sha256=None, error="interrupted")
                 raise
             except FedsimError as e:
-                book.finish("failed", params_sha256=None, error=str(e))
+                with suppress(OSError):  # the disk may be what failed, and the first reason is the one to tell
+                    book.finish("failed", params_sha256=None, error=str(e))
                 raise
             params = session.driver.params(state)
-            files.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
-            return book.finish("completed", params_sha256=tree.digest(params))
+            try:
+                files.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
+                return book.finish("completed", params_sha256=tree.digest(params))
+            except OSError as e:
+                raise FedsimError(f"{out} cannot be written: {e.strerror or e}") from e
 
 
 def _rounds(
@@ -191,16 +196,46 @@ def _rounds(
     def due(round: int) -> bool:
         return round % every == 0 or round == last
 
-    for finished in rounds(session.driver, state, done + 1, last, due):
+    steps = rounds(session.driver, state, done + 1, last, due)
+    for number in range(done + 1, last + 1):
+        try:
+            finished = next(steps)
+            check_model(session, state, finished)
+            line = measure(session, finished, due(number))
+        except FedsimError:
+            raise
+        except Exception as e:
+            log.debug("round %d", number, exc_info=True)
+            name = experiment.strategy.name
+            raise FedsimError(
+                f"strategy '{name}' failed in round {number} on the server: {reason(e)} ({where(e)})"
+            ) from e
         state = finished.state
-        line = measure(session, finished, due(finished.number))
-        book.append(line)
-        if finished.scores is not None:
-            book.clients({"client": s.client, "examples": s.examples, **s.metrics} for s in finished.scores)
-        if finished.number % experiment.checkpoint.every == 0 or finished.number == last:
-            store.save(finished.number, dumped, state, session.memory, {})
+        try:
+            book.append(line)
+            if finished.scores is not None:
+                book.clients({"client": s.client, "examples": s.examples, **s.metrics} for s in finished.scores)
+            if number % experiment.checkpoint.every == 0 or number == last:
+                store.save(number, dumped, state, session.memory, {})
+        except OSError as e:
+            raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
         show(line)
     return state
+
+
+def check_model(session: Session, before: Any, finished: Round[Any]) -> None:
+    """Refuse a model that a round has broken. Raises ``FedsimError``; the round is then neither recorded nor saved."""
+    name, number = session.experiment.strategy.name, finished.number
+    old, new = session.driver.params(before), session.driver.params(finished.state)
+    shapes = [{n: (tuple(x.shape), x.dtype) for n, x in params.items()} for params in (old, new)]
+    if shapes[0] != shapes[1]:
+        changed = sorted(n for n in old.keys() | new.keys() if shapes[0].get(n) != shapes[1].get(n))
+        raise FedsimError(f"strategy '{name}' changed the shape or type of {', '.join(changed)} in round {number}")
+    if not tree.finite(new):
+        bad = next(n for n, x in new.items() if not x.isfinite().all())
+        raise FedsimError(
+            f"strategy '{name}' made a model with NaN or Inf in round {number} ({bad}); try a smaller learning rate"
+        )
 
 
 def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str, Any]:
@@ -235,19 +270,17 @@ def check_folder(out: Path, resume: bool) -> None:
     """Refuse a folder that a run must not write into, without touching it."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is a file")
-    if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()):
+    # Names with a dot are ours: the lock, and what a run that was killed in its first moment has left.
+    if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not resume:
             raise ConfigError(f"--out: {out} is not empty; --resume continues the run in it")
         if not (out / record.CONFIG).exists():
             raise ConfigError(f"--out: {out} holds files, but no run to resume")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    try:
-        if not parent.is_dir():
-            raise ConfigError(f"--out: {parent} is a file")
-        with (parent / f".fedsim-{time.time_ns()}").open("x") as probe:
-            Path(probe.name).unlink()
-    except OSError as e:
-        raise ConfigError(f"--out: {parent} cannot be written: {e.strerror}") from None
+    if not parent.is_dir():
+        raise ConfigError(f"--out: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: {parent} cannot be written")
 
 
 def check_same(experiment: Experiment, out: Path) -> None:
@@ -266,14 +299,15 @@ def lock(out: Path) -> Iterator[None]:
     """Hold the folder, so that no second process writes into it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with (out / ".lock").open("w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"--out: {out} is in use by another fedsim process") from None
-            yield
+        file = (out / ".lock").open("w")
     except OSError as e:
         raise ConfigError(f"--out: {out} cannot be written: {e.strerror or e}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--out: {out} is in use by another fedsim process") from None
+        yield
 
 
 @contextmanager
@@ -281,7 +315,7 @@ def stoppable() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does: the last checkpoint stands, the summary says so."""
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     try:
         before = signal.signal(signal.SIGTERM, stop)

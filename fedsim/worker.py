@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsim import block, tree
@@ -120,6 +121,15 @@ def reason(e: BaseException) -> str:
         return str(e)
     first = str(e).strip().split("\n")[0]
     return f"{type(e).__name__}: {first}" if first else type(e).__name__
+
+
+def where(e: BaseException) -> str:
+    """The file and line in which an exception was raised."""
+    frame, last = e.__traceback__, "?"
+    while frame is not None:
+        last = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return last
 
 
 @cache
