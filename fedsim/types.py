@@ -145,7 +145,7 @@ class Reducer(NamedTuple, Generic[A, M]):
     with a report before ``lift``, knowing the broadcast; a ``ValueError`` drops the client, and names it.
     """
 
-    lift: Callable[[Report], A]
+    lift: Callable[[Any], A]
     merge: Callable[[A, A], A]
     finish: Callable[[A | None], M | None]
     screen: Callable[[Payload, Report], Any] | None = None  # (broadcast, report) -> what lift takes
