@@ -125,12 +125,13 @@ def test_a_lowered_formulation_gets_the_block_and_nothing_else() -> None:
     params, batch = world(torch.float64)
     lowered = Lowered()
     shared = params | {"a": params["a"][0]}
-    dims = ({"a": None, "unused": 0, "b": 0}, Batch(0, None, None))
-    values, grads = torch.vmap(value_and_grad(lowered), in_dims=dims)(shared, Batch(batch.x, batch.y[0], None))
+    dims = ({"a": None, "unused": 0, "b": 0}, Batch(1, None, None))
+    given_x = batch.x.movedim(0, 1)
+    values, grads = torch.vmap(value_and_grad(lowered), in_dims=dims)(shared, Batch(given_x, batch.y[0], None))
     [(given, b)] = lowered.seen
     assert values.tolist() == [0, 1, 2] and all(g.eq(3).all() and len(g) == K for g in grads.values())
     assert {name: p.shape for name, p in given.items()} == {name: p.shape for name, p in params.items()}
-    assert b.x.shape == (K, B, D) and b.y.shape == (K, B) and b.weight is None
+    assert torch.equal(b.x, batch.x) and b.y.shape == (K, B) and b.weight is None
     assert torch.equal(given["a"][2], params["a"][0]) and torch.equal(given["b"], params["b"])
 
     value_and_grad(lowered)(at(params, 0), Batch(*(t[0] for t in batch)))
