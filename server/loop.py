@@ -135,6 +135,8 @@ def run_round(
         clients, examples = max(clients, outcome.clients), max(examples, outcome.examples)
         down, up = down + outcome.bytes_down, up + outcome.bytes_up
         failures += outcome.failures
+        # Who failed has nothing to go on with: it sits out what is left of the round.
+        cohort = [c for c in cohort if c not in {failure.client for failure in outcome.failures}]
     return state, Trained(metrics, clients, examples, down, up, tuple(failures))
 
 
