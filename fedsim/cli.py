@@ -2,8 +2,10 @@
 
 import importlib.util
 import logging
+import shlex
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -11,7 +13,7 @@ import click
 import typer
 
 from fedsim import offline
-from fedsim.errors import ConfigError, FedsimError, Terminated
+from fedsim.errors import ConfigError, FedsimError, Stopped
 
 app = typer.Typer(
     name="fedsim",
@@ -63,9 +65,10 @@ def run(
                 summary = run_one(experiment, folder, resume=resume, show=show)
         except ConfigError:
             raise
+        except KeyboardInterrupt as e:
+            raise Stopped(f"stopped; {_how_to_go_on(file, assignments, folder)}", e) from e
         except FedsimError as e:
-            again = " ".join(["fedsim run", str(file), *assignments, "--out", str(folder), "--resume"])
-            raise FedsimError(f"{e}\nthe last checkpoint stands; to go on from it: {again}") from e
+            raise FedsimError(f"{e}\n{_how_to_go_on(file, assignments, folder)}") from e
         _draw_partition(experiment, folder)
         progress.closing(summary, write(folder))
         folders.append(folder)
@@ -73,10 +76,19 @@ def run(
         compare(folders, base / "compare.html")
 
 
+def _how_to_go_on(file: Path, assignments: list[str], folder: Path) -> str:
+    again = shlex.join(["fedsim", "run", str(file), *assignments, "--out", str(folder), "--resume"])
+    if any((folder / "checkpoint").glob("round-*")):
+        return f"the last checkpoint stands; to go on from it: {again}"
+    return f"there is no checkpoint yet; to begin again: {again}"
+
+
 def _folder(assignments: list[str]) -> str:
     """A folder's name for one run of a sweep."""
-    swept = ",".join(a for a in assignments)
-    return "".join(c if c.isalnum() or c in "._=,-+" else "_" for c in swept)[:120]
+    swept = ",".join(assignments)
+    name = "".join(c if c.isalnum() or c in "._=,-+" else "_" for c in swept)
+    # What was cut or replaced may be all that two runs differ in.
+    return name if name == swept and len(name) <= 120 else f"{name[:100]}-{sha256(swept.encode()).hexdigest()[:12]}"
 
 
 def _draw_partition(experiment: Any, folder: Path) -> None:
@@ -267,17 +279,15 @@ def main() -> None:
         code = app(standalone_mode=False)
     except FedsimError as e:
         for line in str(e).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(line if isinstance(e, Stopped) else f"error: {line}", file=sys.stderr)
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except click.ClickException as e:
         print(f"error: {e.format_message()}", file=sys.stderr)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt) as e:
-        print("stopped; the last checkpoint stands, and --resume goes on from it", file=sys.stderr)
-        # click makes an Abort of every interrupt
-        sys.exit(143 if Terminated in (type(e), type(e.__cause__), type(e.__context__)) else 130)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

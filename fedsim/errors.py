@@ -40,9 +40,15 @@ class ClientError(FedsimError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: a run stops as it does for Ctrl-C, with the exit code that a shell expects."""
+    """SIGTERM: a run stops as it does for Ctrl-C."""
 
-    exit_code = 143
+
+class Stopped(FedsimError):
+    """A run that a person or the system has stopped. The exit codes are those that a shell expects."""
+
+    def __init__(self, message: str, cause: KeyboardInterrupt) -> None:
+        self.exit_code = 143 if isinstance(cause, Terminated) else 130
+        super().__init__(message)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
