@@ -21,7 +21,7 @@ from torch import Tensor
 from fedsim import tree
 from fedsim.autodiff import value_and_grad
 from fedsim.config import Closed, StrategyConfig
-from fedsim.types import Batch, Done, Local, Pass, Payload, Private, Schedule, Task, Tree, Visit
+from fedsim.types import Batch, Done, Fused, Local, Pass, Payload, Private, Schedule, Task, Tree, Visit
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -168,7 +168,48 @@ def sgd(
 
     step = Descent(gradient, move)
     draw = partial(_draw, task.private) if task.private else None
-    return Local(init, (Pass(step, schedule),), final or send_delta, remember, draw, task.unbatchable)
+    passes = (Pass(step, schedule, _fused(step, task, config, correction)),)
+    return Local(init, passes, final or send_delta, remember, draw, task.unbatchable, lambda shared, c: c.params)
+
+
+def _fused(
+    step: Descent, task: Task, config: SgdConfig, correction: Callable[[Payload, Payload, Tree], Tree] | None
+) -> Fused | None:
+    """Plain steps along the gradient with its corrections, where the loss can take them for a block of clients."""
+    descend, own = getattr(task.loss, "descend", None), getattr(task.loss, "own", None)
+    if descend is None or own is None or task.private or config.optimizer != "sgd" or config.momentum:
+        return None
+
+    def mine(c: Carry) -> Carry:
+        loss, examples, steps = (x.clone(memory_format=torch.contiguous_format) for x in (c.loss, c.examples, c.step))
+        return c._replace(params=own(c.params), loss=loss, examples=examples, step=steps)
+
+    def beside(shared: Payload, memory: Payload, w: Tree, rate: Tensor) -> Tree:
+        """What a step adds to w besides −η ∇F."""
+        g = tree.scale(config.weight_decay, w) if config.weight_decay else None
+        if correction:
+            more = correction(shared, memory, w)
+            g = more if g is None else tree.add(g, more)
+        return tree.scale(-rate, g or {})
+
+    def fused(shared: Payload, c: Carry, batch: Batch) -> None:
+        extra: Tree = {}
+        if correction or config.weight_decay:
+            extra = torch.vmap(partial(beside, shared))(c.memory, c.params, c.rate)
+        values = descend(c.params, batch, c.rate)
+        for name, x in extra.items():
+            c.params[name].add_(x)
+        if batch.weight is None:
+            n = batch.y.shape[1]
+            c.loss.add_(values, alpha=n)
+            c.examples.add_(n)
+        else:
+            counts = batch.weight.sum(1)
+            c.loss.addcmul_(values, counts)
+            c.examples.add_(counts)
+        c.step.add_(1)
+
+    return Fused(step, mine, fused)
 
 
 def _draw(private: Private, shared: Payload, generator: torch.Generator) -> Any:

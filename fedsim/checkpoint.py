@@ -121,7 +121,7 @@ def unpack(path: Path, named: Mapping[str, type]) -> Any:
     """The value in a file. Raises ``ResumeError`` for anything that ``pack`` did not make."""
     try:
         with safe_open(str(path), "pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
             return decode(json.loads((f.metadata() or {})["structure"]), tensors, named)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
         raise ResumeError(f"{path}: damaged ({type(e).__name__})") from e

@@ -97,6 +97,21 @@ class Pass(NamedTuple):
 
     step: Callable[[Payload, Any, Batch, Any], Any]
     schedule: Schedule
+    fused: Fused | None = None
+
+
+class Fused(NamedTuple):
+    """A step for K clients at once, in place: a faster formulation, with the numbers of ``of`` to rounding.
+
+    of:   the step that this is a formulation of. The engine uses it for that very step only, so that middleware which
+          replaces or wraps a step is never bypassed
+    own:  (carry [K, …]) -> the same in memory that steps may change, laid out as they like it
+    step: (shared, carry [K, …], batch [K, B, …]) changes the carry; a weight of None means that all examples count
+    """
+
+    of: Callable[[Payload, Any, Batch, Any], Any]
+    own: Callable[[Any], Any]
+    step: Callable[[Payload, Any, Batch], None]
 
 
 class Local(NamedTuple):
@@ -108,6 +123,7 @@ class Local(NamedTuple):
     remember: (shared, generator) -> the memory of a client that has none yet; None for a client without memory
     draw:     (shared, generator) -> this step's randomness (noise, masks); steps themselves are deterministic
     unbatchable: why a block of clients cannot run at once, or None
+    model:    (shared, carry) -> the client's model as its work stands, where it has one; for measuring only
     """
 
     init: Callable[[Payload, Payload, Visit], Any]
@@ -116,6 +132,7 @@ class Local(NamedTuple):
     remember: Callable[[Payload, torch.Generator], Payload] | None = None
     draw: Callable[[Payload, torch.Generator], Any] | None = None
     unbatchable: str | None = None
+    model: Callable[[Payload, Any], Tree] | None = None
 
 
 class Report(NamedTuple):
@@ -125,6 +142,15 @@ class Report(NamedTuple):
     examples: int
     value: Payload
     metrics: dict[str, float]
+
+
+class Reports(NamedTuple):
+    """Reports of a block of clients: the first axis of every tensor is the clients."""
+
+    clients: list[int]
+    examples: list[int]
+    value: Payload
+    metrics: dict[str, list[float]]
 
 
 class Mean(NamedTuple):
@@ -150,6 +176,7 @@ class Reducer(NamedTuple, Generic[A, M]):
     finish: Callable[[A | None], M | None]
     screen: Callable[[Payload, Report], Any] | None = None  # (broadcast, report) -> what lift takes
     mean: Literal["uniform", "examples"] | None = None  # a weighted mean and nothing else: what it weighs by
+    stack: Callable[[Reports], A] | None = None  # a block at once: the bits of lifting each and merging by position
 
     def take(self, shared: Payload, report: Report) -> A:
         """The accumulator of one report to this broadcast."""
