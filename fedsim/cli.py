@@ -68,7 +68,8 @@ def run(
         except KeyboardInterrupt as e:
             raise Stopped(f"stopped; {_how_to_go_on(file, assignments, folder)}", e) from e
         except FedsimError as e:
-            raise FedsimError(f"{e}\n{_how_to_go_on(file, assignments, folder)}") from e
+            e.add_note(_how_to_go_on(file, assignments, folder))
+            raise
         _draw_partition(experiment, folder)
         progress.closing(summary, write(folder))
         folders.append(folder)
@@ -280,6 +281,8 @@ def main() -> None:
     except FedsimError as e:
         for line in str(e).splitlines():
             print(line if isinstance(e, Stopped) else f"error: {line}", file=sys.stderr)
+        for note in getattr(e, "__notes__", ()):
+            print(note, file=sys.stderr)
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
