@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import save
 
 from clients.app import client_app
-from clients.evaluate import evaluation
+from clients.evaluate import after_training, evaluation
 from clients.sgd import sgd
-from fedsim import checkpoint, config, data, files, record, registry, tree
+from fedsim import checkpoint, config, data, files, privacy, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
 from fedsim.errors import ConfigError, FedsimError, ResumeError, Terminated
 from fedsim.grids.inline import Executor, InlineGrid, Order, canonical, check
 from fedsim.memory import Memory
+from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
 from fedsim.types import Strategy, Task
@@ -33,7 +34,8 @@ from server.loop import Driver, Native, Panel, Round, rounds
 
 log = logging.getLogger("fedsim")
 
-FREE = {"rounds", "checkpoint.every", "checkpoint.keep"}  # may change at a resume: they decide no number of a round
+# What may change at a resume, since it decides no number of a round.
+FREE = {"rounds", "checkpoint.every", "checkpoint.keep", "privacy.max_epsilon"}
 
 
 class Session(NamedTuple):
@@ -44,9 +46,10 @@ class Session(NamedTuple):
     task: Task
     driver: Driver[Any]
     memory: Memory
+    private: Private | None = None
 
 
-def build(experiment: Experiment, order: Order | None = None) -> Session:
+def build(experiment: Experiment, order: Order | None = None, secret: Key | None = None) -> Session:
     """Everything that a run needs. Raises ``ConfigError`` (``DataError``) for what only data can tell."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -58,12 +61,22 @@ def build(experiment: Experiment, order: Order | None = None) -> Session:
             f"strategy.cohort: must be at most {population}, the number of clients (got {experiment.strategy.cohort})"
         )
     task: Task = registry.load("tasks", experiment.task.model).build(experiment.task, federation.dataset, population)
-    return assemble(experiment, federation, task, order)
+    return assemble(experiment, federation, task, order, secret)
 
 
-def assemble(experiment: Experiment, federation: Federation, task: Task, order: Order | None = None) -> Session:
-    """The session of an experiment on this federation and task, which need not be those that its config names."""
-    strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
+def assemble(
+    experiment: Experiment, federation: Federation, task: Task, order: Order | None = None, secret: Key | None = None
+) -> Session:
+    """The session of an experiment on this federation and task, which need not be those that its config names.
+
+    ``secret`` names the draws that privacy rests on; without it there is a new one.
+    """
+    private: Private | None = None
+    strategy: Any
+    if experiment.privacy:
+        strategy, private = privacy.protect(experiment, federation, task, secret)
+    else:
+        strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
     key, memory, population = Key.root(experiment.seed), Memory(), len(federation)
 
     if isinstance(strategy, foreign.Foreign):
@@ -71,14 +84,16 @@ def assemble(experiment: Experiment, federation: Federation, task: Task, order: 
             experiment, federation, task, _foreign(experiment, federation, task, strategy, memory, order), memory
         )
 
+    if experiment.evaluate.local:
+        strategy = after_training(task, strategy)
     local = evaluation(task, strategy, experiment.evaluate.batch_size)
     panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
     app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, key)
     grid = InlineGrid(federation, experiment.engine, memory, app, order)
-    driver = Native(
-        strategy, executor(experiment, federation, grid), key, population, experiment.strategy.cohort, panel
-    )
-    return Session(experiment, federation, task, driver, memory)
+    streams, choose = (private.key, private.choose) if private else (key, None)
+    where, cohort = executor(experiment, federation, grid), experiment.strategy.cohort
+    driver = Native(strategy, where, key, population, cohort, panel, streams, choose)
+    return Session(experiment, federation, task, driver, memory, private)
 
 
 def executor(experiment: Experiment, federation: Federation, grid: InlineGrid) -> Executor:
@@ -148,15 +163,20 @@ def run(
     check_folder(out, resume)
     if resume:
         check_same(experiment, out)
-    session = build(experiment, order)
-    state, done = session.driver.begin(), 0
+    secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
+    session = build(experiment, order, secret)
+    state, done, extra = session.driver.begin(), 0, {}
     with lock(out):
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
         if resume and any((out / "checkpoint").glob("round-*")):
             found = store.load(checkpoint.named_tuples(state))
-            state, done = found.state, found.round
+            state, done, extra = found.state, found.round, found.extra
             session.memory.update(found.memory)
             session.memory.changed.clear()
+        account = privacy.opened(session.private, extra if done else None) if session.private else None
+        last = account.affordable(done, experiment.rounds) if account else experiment.rounds
+        if account:
+            privacy.keep(account.private, out / "checkpoint")
         began = (out / record.METRICS).exists()
         opened = (
             record.reopen(out, done, clock=clock) if began else record.create(out, config.dump(experiment), clock=clock)
@@ -164,7 +184,7 @@ def run(
         with opened as book:
             try:
                 with stoppable():
-                    state = _rounds(session, state, done, store, book, show)
+                    state = _rounds(session, state, done, last, account, store, book, show)
             except KeyboardInterrupt:
                 book.finish("stopped", params_sha256=None, error="interrupted")
                 raise
@@ -175,6 +195,9 @@ def run(
             params = session.driver.params(state)
             try:
                 files.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
+                if last < experiment.rounds:
+                    why = f"round {last + 1} would have spent more than the privacy budget"
+                    return book.finish("stopped", params_sha256=tree.digest(params), error=why)
                 return book.finish("completed", params_sha256=tree.digest(params))
             except OSError as e:
                 raise FedsimError(f"{out} cannot be written: {e.strerror or e}") from e
@@ -184,13 +207,15 @@ def _rounds(
     session: Session,
     state: Any,
     done: int,
+    last: int,
+    account: Account | None,
     store: checkpoint.Store,
     book: record.Record,
     show: Callable[[Mapping[str, Any]], None],
 ) -> Any:
     """Run what is left, writing each round's line before its checkpoint."""
     experiment = session.experiment
-    last, every = experiment.rounds, experiment.evaluate.every
+    every = experiment.evaluate.every
     dumped = config.dump(experiment)
 
     def due(round: int) -> bool:
@@ -211,12 +236,17 @@ def _rounds(
                 f"strategy '{name}' failed in round {number} on the server: {reason(e)} ({where(e)})"
             ) from e
         state = finished.state
+        if account:
+            account = account.after(number)
+            line = privacy.public(account, line)
         try:
             book.append(line)
             if finished.scores is not None:
                 book.clients({"client": s.client, "examples": s.examples, **s.metrics} for s in finished.scores)
             if number % experiment.checkpoint.every == 0 or number == last:
-                store.save(number, dumped, state, session.memory, {})
+                store.save(number, dumped, state, session.memory, {"privacy": account.dump()} if account else {})
+                if account:
+                    privacy.write(account, book.folder)
         except OSError as e:
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
         show(line)
