@@ -5,7 +5,7 @@ on how the engine runs that client, and an algorithm never knows:
 
     one client      ordinary autograd on detached leaves: the fastest plain step on a CPU
     a block         under ``torch.vmap`` all clients at once: by the loss's own lowered formulation where it has one
-                    (``loss.block``), else by ``torch.func``'s generic one
+                    (``loss.block``), else by ``torch.func.grad_and_value``
     anything else   other ``torch.func`` transforms around or inside (per-example gradients, second derivatives):
                     composed by ``torch.func`` itself, slower and just as right
 """
@@ -40,10 +40,13 @@ def value_and_grad(loss: Loss) -> Callable[[Tree, Batch], tuple[Tensor, Tree]]:
     """
 
     def compute(params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
-        if transformed() or _differentiated((*params.values(), *batch)):
-            value, *grads = _ValueAndGrad.apply(loss, tuple(params), *batch, *params.values())  # type: ignore[no-untyped-call]
-            return value, dict(zip(params, grads, strict=True))
-        return _backward(loss, params, batch)
+        if not transformed() and not _differentiated((*params.values(), *batch)):
+            return _backward(loss, params, batch)
+        if getattr(loss, "block", None) is None:
+            grads, value = torch.func.grad_and_value(loss)(params, batch)
+            return value, grads
+        value, *leaves = _Lowered.apply(_Call(loss, tuple(params)), *batch, *params.values())  # type: ignore[no-untyped-call]
+        return value, dict(zip(params, leaves, strict=True))
 
     return compute
 
@@ -62,19 +65,34 @@ def _differentiated(tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
 
 
-class _ValueAndGrad(torch.autograd.Function):
-    """(loss, names, x, y, weight, *params) -> (value, *grads), as one operation that transforms compose with."""
+class _Call:
+    """A loss and the names of its parameters. ``torch.func`` takes tuples apart at every turn; this is one leaf to it."""
+
+    def __init__(self, loss: Loss, names: tuple[str, ...]) -> None:
+        self.loss, self.names = loss, names
+
+    def plain(self, x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
+        """One ordinary backward pass."""
+        value, grads = _backward(self.loss, dict(zip(self.names, params, strict=True)), Batch(x, y, weight))
+        return value, *grads.values()
+
+    def generic(self, x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
+        """``torch.func``'s own formulation, which composes with every transform and with autograd."""
+        named = dict(zip(self.names, params, strict=True))
+        grads, value = torch.func.grad_and_value(self.loss)(named, Batch(x, y, weight))
+        return value, *(grads[name] for name in self.names)
+
+
+class _Lowered(torch.autograd.Function):
+    """(call, x, y, weight, *params) -> (value, *grads), as one operation that has a batching rule of its own."""
 
     @staticmethod
-    def forward(
-        loss: Loss, names: tuple[str, ...], x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor
-    ) -> Any:
-        value, grads = _backward(loss, dict(zip(names, params, strict=True)), Batch(x, y, weight))
-        return value, *grads.values()
+    def forward(call: _Call, *tensors: Any) -> Any:
+        return call.plain(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.loss, ctx.names, *tensors = inputs
+        ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -85,38 +103,25 @@ class _ValueAndGrad(torch.autograd.Function):
 
         def recompute(*variables: Tensor) -> tuple[Tensor, ...]:
             new = dict(zip(active, variables, strict=True))
-            x, y, weight, *params = (new.get(i, t) for i, t in enumerate(tensors))
-            return _grad_and_value(ctx.loss, ctx.names)(x, y, weight, *params)
+            return cast(tuple[Tensor, ...], ctx.call.generic(*(new.get(i, t) for i, t in enumerate(tensors))))
 
         pull = torch.func.vjp(recompute, *(tensors[i] for i in active))[1]
         by = dict(zip(active, pull(cotangents), strict=True))
-        return None, None, *(by.get(i) for i in range(len(tensors)))
+        return None, *(by.get(i) for i in range(len(tensors)))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], loss: Loss, names: tuple[str, ...], *tensors: Tensor) -> Any:
-        size, dims, out_dims = info.batch_size, in_dims[2:], (0,) * (1 + len(names))
-        block: Block | None = getattr(loss, "block", None)
-        if block is None or transformed() or _differentiated(tensors):
-            # Transforms that are still active here lie around this one, and a lowered formulation need not know them.
-            # (Two formulations were measured: this one, and one ordinary backward pass through torch.vmap(loss). The
-            # latter's gradients have transposed strides, which costs more in the update than it saves.)
-            batched = torch.vmap(_grad_and_value(loss, names), in_dims=dims, randomness=info.randomness)
-            return batched(*tensors), out_dims
+    def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *tensors: Any) -> Any:
+        size, dims, out_dims = info.batch_size, in_dims[1:], (0,) * (1 + len(call.names))
+        if transformed() or _differentiated(tensors):
+            # The transforms that are still active lie around this one, and a lowered formulation need not know them.
+            return torch.vmap(call.generic, in_dims=dims, randomness=info.randomness)(*tensors), out_dims
 
-        def stack(t: Tensor, dim: int | None) -> Tensor:
+        def stack(t: Tensor | None, dim: int | None) -> Any:
+            if t is None or dim == 0:
+                return t
             return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
-        x, y, weight, *params = (None if t is None else stack(t, d) for t, d in zip(tensors, dims, strict=True))
-        assert x is not None and y is not None
-        values, grads = block(cast(Tree, dict(zip(names, params, strict=True))), Batch(x, y, weight))
-        return (values, *(grads[name] for name in names)), out_dims
-
-
-def _grad_and_value(loss: Loss, names: tuple[str, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """``torch.func``'s own formulation, which composes with every transform; flat arguments and results."""
-
-    def flat(x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
-        grads, value = torch.func.grad_and_value(loss)(dict(zip(names, params, strict=True)), Batch(x, y, weight))
-        return value, *(grads[name] for name in names)
-
-    return flat
+        x, y, weight, *params = (stack(t, d) for t, d in zip(tensors, dims, strict=True))
+        block: Block = call.loss.block  # type: ignore[attr-defined]
+        values, grads = block(dict(zip(call.names, params, strict=True)), Batch(x, y, weight))
+        return (values, *(grads[name] for name in call.names)), out_dims
