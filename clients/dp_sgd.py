@@ -76,6 +76,9 @@ def private(
     def by_opacus(params: Tree, batch: Batch, generator: torch.Generator, examples: Tensor) -> Tree:
         return averaged(opacus_sum(task, params, batch, clip, sigma, generator), batch_size, examples)
 
+    def around(other: Task) -> Task:
+        return private(other, sigma, clip, batch_size, asked)
+
     def refuse(*_: Any) -> Any:
         raise ConfigError(
             "privacy.mode: 'example' needs a strategy whose clients only take the gradients of clients.sgd; this one "
@@ -89,9 +92,9 @@ def private(
             loss=refuse,
             score=refuse,
             unbatchable=why,
-            private=Private(by_opacus, lambda generator: generator),
+            private=Private(by_opacus, lambda generator: generator, around, task),
         )
-    return task._replace(predict=refuse, loss=refuse, score=refuse, private=Private(gradient, draw))
+    return task._replace(predict=refuse, loss=refuse, score=refuse, private=Private(gradient, draw, around, task))
 
 
 def clipped_sum(task: Task, params: Tree, batch: Batch, clip: float) -> Tree:

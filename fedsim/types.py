@@ -59,10 +59,14 @@ class Private(NamedTuple):
 
     gradient: (params, batch, draw, the client's number of examples) -> a noisy gradient
     draw:     (generator) -> the randomness of one step, for ``gradient``
+    around:   (another task) -> that task under the same privacy
+    bare:     the task without it, for what makes another one of it (adapters) and puts that under privacy again
     """
 
     gradient: Callable[[Tree, Batch, Any, Tensor], Tree]
     draw: Callable[[torch.Generator], Any]
+    around: Callable[[Task], Task]
+    bare: Task
 
 
 class Schedule(NamedTuple):
