@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 
 from fedsim.data.dataset import Federation, Indices
 from fedsim.rng import Key
-from fedsim.types import Batch, Done, Local, Payload, Schedule, Visit
+from fedsim.types import Batch, Done, Fused, Local, Pass, Payload, Schedule, Visit
+
+AHEAD = 1 << 18  # elements that are gathered at once: a few batches ahead, but no more than stays in the cache
 
 
 class Work(NamedTuple):
@@ -40,22 +42,52 @@ class Guest(NamedTuple):
     memory: Payload | None
 
 
+class Stack(NamedTuple):
+    """The finished work of a block: the first axis of every tensor is the clients, in the order given."""
+
+    done: Done
+    examples: list[int]
+
+    def split(self) -> list[tuple[Done, int]]:
+        """Client by client. What a client remembers has memory of its own, or it would hold that of the whole block."""
+        value, memory, metrics = self.done
+        return [
+            (
+                Done(
+                    {c: {n: x[k] for n, x in part.items()} for c, part in value.items()},
+                    {c: {n: x[k].clone() for n, x in part.items()} for c, part in memory.items()},
+                    {n: x[k] for n, x in metrics.items()},
+                ),
+                examples,
+            )
+            for k, examples in enumerate(self.examples)
+        ]
+
+
 def batches(schedule: Schedule, examples: int, key: Key) -> list[Indices]:
     """The positions 0..examples-1 of each batch. Epochs are reshuffled; a batch never spans two of them.
 
     Poisson batches have any size, and may be empty; there are as many as there would be shuffled ones.
     """
-    size, rng = schedule.batch_size, key.numpy()
+    size = schedule.batch_size
     if schedule.sampling == "poisson":
+        rng = key.numpy()
         rate = min(1.0, size / examples) if examples else 0.0
         return [np.flatnonzero(rng.random(examples) < rate) for _ in range(_steps(schedule, examples))]
-    out: list[Indices] = []
-    while examples and (
-        len(out) < schedule.steps if schedule.steps is not None else len(out) < _steps(schedule, examples)
-    ):
-        order = rng.permutation(examples) if schedule.shuffle else np.arange(examples)
-        out += [order[i : i + size] for i in range(0, examples, size)]
+    out = [order[i : i + size] for order in _epochs(schedule, examples, key) for i in range(0, examples, size)]
     return out[: schedule.steps] if schedule.steps is not None else out
+
+
+def _epochs(schedule: Schedule, examples: int, key: Key) -> list[Indices]:
+    """The order of the examples in each epoch that is begun; not for Poisson sampling."""
+    if not examples:
+        return []
+    of_epoch = -(-examples // schedule.batch_size)
+    epochs = -(-_steps(schedule, examples) // of_epoch)
+    if not schedule.shuffle:
+        return [np.arange(examples)] * epochs
+    rng = key.numpy()
+    return [rng.permutation(examples) for _ in range(epochs)]
 
 
 def _steps(schedule: Schedule, examples: int) -> int:
@@ -64,12 +96,8 @@ def _steps(schedule: Schedule, examples: int) -> int:
     return schedule.epochs * -(-examples // schedule.batch_size)
 
 
-def visit(work: Work, federation: Federation, client: int) -> tuple[Visit, int]:
-    """What the client knows, and its number of examples."""
-    schedule = work.local.passes[0].schedule if work.local.passes else Schedule(1)
-    n = len(federation.indices(client, schedule.split))
-    device = federation.dataset.train.x.device
-    return Visit(work.round, torch.tensor(n, device=device), torch.tensor(_steps(schedule, n), device=device)), n
+def _first(local: Local) -> Schedule:
+    return local.passes[0].schedule if local.passes else Schedule(1)
 
 
 def remembered(work: Work, guest: Guest) -> Payload:
@@ -81,71 +109,156 @@ def remembered(work: Work, guest: Guest) -> Payload:
     return work.local.remember(work.shared, work.key.at("remember", guest.client).torch())
 
 
-def one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> Iterator[tuple[Done, int]]:
-    """Each client's work and number of examples, in the order given."""
-    for guest in guests:
-        yield one(work, federation, guest)
-
-
 def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     """One client's work and its number of examples."""
     local, data = work.local, federation.dataset.train
-    about, n = visit(work, federation, guest.client)
+    first, device = _first(local), data.x.device
+    n = len(federation.indices(guest.client, first.split))
     key = work.stream(guest.client)
+    about = Visit(work.round, torch.tensor(n, device=device), torch.tensor(_steps(first, n), device=device))
     carry = local.init(work.shared, remembered(work, guest), about)
     draws = key.at("draw").wide() if local.draw else None
-    for p, (step, schedule) in enumerate(local.passes):
-        rows = torch.from_numpy(federation.indices(guest.client, schedule.split)).to(data.x.device)
-        x, y = data.x[rows], data.y[rows]
-        for positions in batches(schedule, len(rows), key.at("batches", p)):
-            at = torch.from_numpy(positions).to(x.device)
+    for p, (step, schedule, _) in enumerate(local.passes):
+        rows = federation.indices(guest.client, schedule.split)
+        for batch in _ahead(data.x, data.y, rows, batches(schedule, len(rows), key.at("batches", p))):
             draw = local.draw(work.shared, draws) if local.draw and draws else None
-            carry = step(work.shared, carry, Batch(x[at], y[at]), draw)
+            carry = step(work.shared, carry, batch, draw)
     return local.final(work.shared, carry), n
 
 
+def _ahead(x: Tensor, y: Tensor, rows: Indices, plan: Sequence[Indices]) -> Iterator[Batch]:
+    """The batches of a plan, as views of examples that are gathered for several of them at once."""
+    width = max(1, x[0].numel())
+    i = 0
+    while i < len(plan):
+        end, elements = i + 1, len(plan[i]) * width
+        while end < len(plan) and elements + len(plan[end]) * width <= AHEAD:
+            elements += len(plan[end]) * width
+            end += 1
+        at = torch.from_numpy(rows[np.concatenate(plan[i:end])]).to(x.device)
+        xs, ys = x.index_select(0, at), y.index_select(0, at)
+        begin = 0
+        for positions in plan[i:end]:
+            stop = begin + len(positions)
+            yield Batch(xs[begin:stop], ys[begin:stop])
+            begin = stop
+        i = end
+
+
 def batched(work: Work, federation: Federation, guests: Sequence[Guest]) -> list[tuple[Done, int]]:
-    """The same work for all guests at once, with stacked tensors; results in the order given."""
+    """The same work for all guests at once; results in the order given."""
+    return stacked(work, federation, guests).split()
+
+
+def stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> Stack:
+    """The same work for all guests at once, with stacked tensors."""
     local, shared, data = work.local, work.shared, federation.dataset.train
-    first = local.passes[0].schedule if local.passes else Schedule(1)
-    abouts, sizes = zip(*(visit(work, federation, g.client) for g in guests), strict=True)
+    first, device = _first(local), data.x.device
+    given = [len(federation.indices(g.client, first.split)) for g in guests]
     # Descending number of steps, so that the clients still at work are always the first ones.
-    order = sorted(range(len(guests)), key=lambda i: -_steps(first, sizes[i]))
-    guests = [guests[i] for i in order]
+    order = sorted(range(len(guests)), key=lambda i: -_steps(first, given[i]))
+    guests, sizes = [guests[i] for i in order], [given[i] for i in order]
     keys = [work.stream(g.client) for g in guests]
     draws = [key.at("draw").wide() for key in keys] if local.draw else None
 
-    about = Visit(
-        work.round,
-        torch.stack([abouts[i].examples for i in order]),
-        torch.stack([abouts[i].steps for i in order]),
-    )
-    memory = _stack([remembered(work, g) for g in guests])
+    memory = stack([remembered(work, g) for g in guests])
     begin = torch.vmap(lambda m, examples, steps: local.init(shared, m, Visit(work.round, examples, steps)))
-    carry = begin(memory, about.examples, about.steps)
+    steps = [_steps(first, n) for n in sizes]
+    carry = begin(memory, torch.tensor(sizes, device=device), torch.tensor(steps, device=device))
 
-    for p, (step, schedule) in enumerate(local.passes):
-        plans = [
-            (federation.indices(g.client, schedule.split), key.at("batches", p))
-            for g, key in zip(guests, keys, strict=True)
-        ]
-        chosen = [[rows[b] for b in batches(schedule, len(rows), key)] for rows, key in plans]
-        if any(len(a) < len(b) for a, b in zip(chosen, chosen[1:], strict=False)):
+    for p, each in enumerate(local.passes):
+        rows = [federation.indices(g.client, each.schedule.split) for g in guests]
+        plan = _plan(each.schedule, rows, [key.at("batches", p) for key in keys], data.x)
+        if any(a < b for a, b in zip(plan.lengths, plan.lengths[1:], strict=False)):
             raise ValueError("passes over splits of different order cannot run in a block")
-        run = torch.vmap(partial(step, shared), in_dims=(0, 0, None if draws is None else 0))
-        carry = _loop(run, carry, chosen, data.x, data.y, local, shared, draws)
+        if (fused := lowered(each)) is not None and draws is None:
+            carry = _in_place(fused, carry, plan, data.x, data.y, shared)
+        else:
+            carry = _loop(each, carry, plan, data.x, data.y, local, shared, draws)
 
-    done = torch.vmap(lambda c: local.final(shared, c))(carry)
-    results: list[tuple[Done, int] | None] = [None] * len(guests)
-    for row, i in enumerate(order):
-        results[i] = (pytree.tree_map_only(Tensor, lambda t, row=row: t[row], done), sizes[i])
-    return [r for r in results if r is not None]
+    done: Done = torch.vmap(lambda c: local.final(shared, c))(carry)
+    if order != list(range(len(order))):
+        back = torch.tensor(np.argsort(order), device=device)
+        done = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, back), done)
+    return Stack(done, given)
+
+
+def lowered(each: Pass) -> Fused | None:
+    """The fused formulation of a pass, where it has one and it is that of the step itself (and not of one inside)."""
+    return each.fused if each.fused is not None and each.fused.of is each.step else None
+
+
+class _Plan(NamedTuple):
+    """Which examples a block sees: positions and weights [S, K, B], and how many steps each of the K clients takes."""
+
+    at: Tensor
+    weight: Tensor
+    lengths: list[int]
+    alive: list[int]  # at each step: the clients that take it, which are the first ones
+    whole: list[bool]  # at each step: whether all their batches are full
+
+
+def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: Tensor) -> _Plan:
+    if schedule.sampling == "poisson":
+        chosen = [batches(schedule, len(mine), key) for mine, key in zip(rows, keys, strict=True)]
+        lengths = [len(c) for c in chosen]
+        width = max((len(b) for c in chosen for b in c), default=1) or 1  # they may all be empty
+    else:
+        chosen = []
+        lengths = [_steps(schedule, len(mine)) for mine in rows]
+        width = max(1, min(schedule.batch_size, max(len(mine) for mine in rows)))
+    most = max(lengths)
+    at = np.zeros((most, len(rows), width), dtype=np.int64)
+    count = np.zeros((most, len(rows)), dtype=np.int64)
+    for k, mine in enumerate(rows):
+        if schedule.sampling == "poisson":
+            for s, positions in enumerate(chosen[k]):
+                at[s, k, : len(positions)] = mine[positions]
+                count[s, k] = len(positions)
+            continue
+        n, of_epoch = len(mine), -(-len(mine) // width)
+        for e, positions in enumerate(_epochs(schedule, n, keys[k])):
+            padded = np.zeros(of_epoch * width, dtype=np.int64)
+            padded[:n] = mine[positions]
+            begin, end = e * of_epoch, min((e + 1) * of_epoch, lengths[k])
+            at[begin:end, k] = padded.reshape(of_epoch, width)[: end - begin]
+            count[begin:end, k] = width
+            if end == begin + of_epoch:
+                count[end - 1, k] = n - (of_epoch - 1) * width
+    weight = (np.arange(width) < count[:, :, None]).astype(np.float64 if x.dtype == torch.float64 else np.float32)
+    alive = [sum(n > s for n in lengths) for s in range(most)]
+    whole = [bool((count[s, :k] == width).all()) for s, k in enumerate(alive)]
+    masks = torch.from_numpy(weight).to(x.device)
+    return _Plan(
+        torch.from_numpy(at).to(x.device),
+        masks.to(x.dtype) if x.is_floating_point() else masks,
+        lengths,
+        alive,
+        whole,
+    )
+
+
+def _gather(x: Tensor, at: Tensor) -> Tensor:
+    return x.index_select(0, at.reshape(-1)).view(*at.shape, *x.shape[1:])
+
+
+def _in_place(fused: Fused, carry: Any, plan: _Plan, x: Tensor, y: Tensor, shared: Payload) -> Any:
+    """Step the block in memory of its own. Clients that are done are simply no longer among the first."""
+    carry = fused.own(carry)
+    now, alive = carry, len(plan.lengths)
+    for s, still in enumerate(plan.alive):
+        if still < alive:
+            now, alive = _part(carry, slice(None, still)), still
+        at = plan.at[s, :alive]
+        weight = None if plan.whole[s] else plan.weight[s, :alive]
+        fused.step(shared, now, Batch(_gather(x, at), _gather(y, at), weight))
+    return pytree.tree_map_only(Tensor, lambda t: t.contiguous(), carry)
 
 
 def _loop(
-    run: Any,
+    each: Pass,
     carry: Any,
-    chosen: list[list[Indices]],
+    plan: _Plan,
     x: Tensor,
     y: Tensor,
     local: Local,
@@ -153,34 +266,27 @@ def _loop(
     draws: list[torch.Generator] | None,
 ) -> Any:
     """Step the block until its longest client is done, letting go of clients as they finish."""
-    lengths = [len(c) for c in chosen]
-    width = max((len(b) for c in chosen for b in c), default=1) or 1  # Poisson batches may all be empty
-    rows = np.zeros((lengths[0], len(chosen), width), dtype=np.int64)
-    weight = np.zeros((lengths[0], len(chosen), width), dtype=np.float32)
-    for k, mine in enumerate(chosen):
-        for s, positions in enumerate(mine):
-            rows[s, k, : len(positions)] = positions
-            weight[s, k, : len(positions)] = 1
-    at, mask = torch.from_numpy(rows).to(x.device), torch.from_numpy(weight).to(x.device)
-    if x.is_floating_point():
-        mask = mask.to(x.dtype)
-
+    run = torch.vmap(partial(each.step, shared), in_dims=(0, 0, None if draws is None else 0))
     finished: list[Any] = []  # carries of clients that are done, the shortest first
-    alive = len(chosen)
-    for s in range(lengths[0]):
-        still = sum(n > s for n in lengths)
+    alive = len(plan.lengths)
+    for s, still in enumerate(plan.alive):
         if still < alive:
-            finished.append(pytree.tree_map_only(Tensor, lambda t, still=still: t[still:], carry))
-            carry = pytree.tree_map_only(Tensor, lambda t, still=still: t[:still], carry)
+            finished.append(_part(carry, slice(still, None)))
+            carry = _part(carry, slice(None, still))
             alive = still
-        now = at[s, :alive]
-        draw = _stack([local.draw(shared, g) for g in draws[:alive]]) if local.draw and draws else None
-        carry = run(carry, Batch(x[now], y[now], mask[s, :alive]), draw)
+        at = plan.at[s, :alive]
+        draw = stack([local.draw(shared, g) for g in draws[:alive]]) if local.draw and draws else None
+        carry = run(carry, Batch(_gather(x, at), _gather(y, at), plan.weight[s, :alive]), draw)
     for part in reversed(finished):
         carry = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, carry, part)
     return carry
 
 
-def _stack(values: Sequence[Any]) -> Any:
+def _part(carry: Any, clients: slice) -> Any:
+    """The carry of some of the clients."""
+    return pytree.tree_map_only(Tensor, lambda t: t[clients], carry)
+
+
+def stack(values: Sequence[Any]) -> Any:
     """Equal structures, stacked leaf by leaf."""
     return pytree.tree_map(lambda *leaves: torch.stack(leaves), *values)

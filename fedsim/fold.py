@@ -6,7 +6,7 @@ worker that runs an aligned run of 2^k positions sends back one node of the tree
 positions arrive about in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 A = TypeVar("A")
@@ -56,15 +56,24 @@ class Fold(Generic[A]):
         return self._root
 
 
-def leaves(values: list[A | None], start: int, merge: Callable[[A, A], A], n: int) -> list[Node[A]]:
-    """The fewest nodes that cover positions ``start … start + len(values)`` of a cohort of n.
+def level(start: int, count: int, n: int) -> int | None:
+    """The level of the one node that covers positions ``start … start + count`` of a cohort of n; None: there is none.
 
-    For an aligned block (``start`` a multiple of a power of two that is at least the length) that is one node.
+    There is one for an aligned block: ``start`` a multiple of a power of two that is at least ``count``.
     """
-    level = max(len(values) - 1, 0).bit_length()
-    if start % (1 << level) or (len(values) < 1 << level and start + len(values) < n):
+    level = max(count - 1, 0).bit_length()
+    return None if start % (1 << level) or (count < 1 << level and start + count < n) else level
+
+
+def leaves(values: Iterable[A | None], start: int, count: int, merge: Callable[[A, A], A], n: int) -> list[Node[A]]:
+    """The fewest nodes that cover positions ``start … start + count`` of a cohort of n, one for an aligned block.
+
+    Values are folded as they come, so that no more than O(log count) of them exist at a time.
+    """
+    top = level(start, count, n)
+    if top is None:
         return [Node(0, start + i, value) for i, value in enumerate(values)]
-    fold = Fold(len(values), merge)
+    fold = Fold(count, merge)
     for i, value in enumerate(values):
         fold.add(Node(0, i, value))
-    return [Node(level, start >> level, fold.result())]
+    return [Node(top, start >> top, fold.result())]

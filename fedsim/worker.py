@@ -4,17 +4,18 @@ Inline, Ray and tests call the same function; it is where a client's failure get
 """
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fedsim import block, tree
 from fedsim.block import Guest, Work
 from fedsim.data.dataset import Federation
-from fedsim.fold import Node, leaves
-from fedsim.types import Done, Payload, Reducer, Report
+from fedsim.fold import Node, leaves, level
+from fedsim.types import Done, Payload, Reducer, Report, Reports
 
 log = logging.getLogger("fedsim")
 
@@ -47,54 +48,76 @@ def run(
     batched: bool,
 ) -> Partial:
     """Run the clients at positions ``start …`` of a cohort, and fold their reports."""
-    values: list[Any] = []
+    block_of = _stacked(work, federation, guests) if batched and work.local.unbatchable is None else None
+    if block_of is None:
+        results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests)
+    else:
+        top = level(start, len(guests), cohort)
+        if top is not None and reduce.stack is not None and reduce.screen is None and wrong(block_of.done) is None:
+            return _whole(block_of, guests, Node(top, start >> top, None), reduce.stack)
+        results = iter(block_of.split())
     memory: dict[int, Payload] = {}
     failures: list[Failure] = []
     clients = examples = bytes_up = 0
-    for guest, result in zip(guests, _results(work, federation, guests, batched), strict=True):
-        report = result if isinstance(result, Failure) else _report(guest.client, *result)
-        if isinstance(report, Failure) or isinstance(result, Failure):
-            failures.append(report if isinstance(report, Failure) else Failure(guest.client, "no report"))
-            values.append(None)
-            continue
-        done, _ = result
-        try:
-            values.append(reduce.take(work.shared, report))
-        except ValueError as e:  # the server's screen
-            failures.append(Failure(guest.client, str(e)))
-            values.append(None)
-            continue
-        if done.memory:
-            memory[guest.client] = done.memory
-        clients, examples, bytes_up = clients + 1, examples + report.examples, bytes_up + tree.nbytes(report.value)
-    nodes = leaves(values, start, reduce.merge, cohort)
+
+    def lifted() -> Iterator[Any]:
+        nonlocal clients, examples, bytes_up
+        for guest, result in zip(guests, results, strict=True):
+            try:
+                if isinstance(result, Failure):
+                    raise Unusable(result.reason)
+                report = _report(guest.client, *result)
+                value = reduce.take(work.shared, report)
+            except (Unusable, ValueError) as e:  # ours, or the server's screen
+                failures.append(Failure(guest.client, str(e)))
+                yield None
+                continue
+            if result[0].memory:
+                memory[guest.client] = result[0].memory
+            clients, examples, bytes_up = clients + 1, examples + report.examples, bytes_up + tree.nbytes(report.value)
+            yield value
+
+    nodes = leaves(lifted(), start, len(guests), reduce.merge, cohort)
     return Partial(nodes, memory, tuple(failures), clients, examples, bytes_up)
 
 
-def _results(
-    work: Work, federation: Federation, guests: Sequence[Guest], batched: bool
-) -> list[tuple[Done, int] | Failure]:
-    if batched and work.local.unbatchable is None and len(guests) > 1:
-        try:
-            return list(block.batched(work, federation, guests))
-        except Exception as e:
-            # A block fails as a whole; one by one, the client that is to blame gets its name.
-            log.warning("block of %d clients failed (%s); running it one by one", len(guests), reason(e))
-    results: list[tuple[Done, int] | Failure] = []
+def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Callable[[Reports], Any]) -> Partial:
+    """The answer of a block in which nothing is wrong, reduced at once into ``node``."""
+    clients, done = [g.client for g in guests], of.done
+    metrics = {name: x.to(torch.float64).tolist() for name, x in done.metrics.items()}
+    value = stack(Reports(clients, of.examples, done.value, metrics))
+    memory = {}
+    if done.memory:
+        memory = {g.client: mine.memory for g, (mine, _) in zip(guests, of.split(), strict=True)}
+    return Partial([node._replace(value=value)], memory, (), len(clients), sum(of.examples), tree.nbytes(done.value))
+
+
+def _stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> block.Stack | None:
+    """The block's work at once, or None where it fails: it fails as a whole, and one by one the client to blame has a
+    name."""
+    if len(guests) < 2 and not all(block.lowered(each) for each in work.local.passes):
+        return None
+    try:
+        return block.stacked(work, federation, guests)
+    except Exception as e:
+        log.warning("block of %d clients failed (%s); running it one by one", len(guests), reason(e))
+        return None
+
+
+def _one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> Iterator[tuple[Done, int] | Failure]:
     for guest in guests:
         try:
-            results.append(block.one(work, federation, guest))
+            yield block.one(work, federation, guest)
         except Exception as e:
             log.debug("client %d", guest.client, exc_info=True)
-            results.append(Failure(guest.client, reason(e)))
-    return results
+            yield Failure(guest.client, reason(e))
 
 
-def _report(client: int, done: Done, examples: int) -> Report | Failure:
-    """The report of a finished client, or what is wrong with it."""
+def _report(client: int, done: Done, examples: int) -> Report:
+    """The report of a finished client. Raises ``Unusable`` for what must not count."""
     bad = wrong(done)
     if bad is not None:
-        return Failure(client, bad)
+        raise Unusable(bad)
     return Report(client, examples, done.value, {name: float(value) for name, value in done.metrics.items()})
 
 
@@ -106,8 +129,8 @@ def wrong(done: Done) -> str | None:
                 name = next(name for name, x in part.items() if not x.isfinite().all())
                 return f"NaN or Inf in {whose} ({channel}: {name})"
     for name, value in done.metrics.items():
-        if not math.isfinite(float(value)):
-            return f"{name} is {float(value)}"
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} is {value.tolist()}"
     return None
 
 

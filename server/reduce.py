@@ -5,9 +5,11 @@ from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fedsim.types import Mean, Payload, Reducer, Report
+from fedsim.types import Mean, Payload, Reducer, Report, Reports
 
+PIECE = 1 << 16  # numbers of float64 that fit the cache beside what is read
 Weighting = Literal["examples", "uniform"]
 
 
@@ -49,6 +51,19 @@ def weighted_mean(
             report.examples,
         )
 
+    def stack(reports: Reports) -> Sum:
+        weights = [float(n) if weighting == "examples" else 1.0 for n in reports.examples]
+        measured = [float(n) for n in reports.examples]
+        return Sum(
+            {c: {n: _weighted(x, weights) for n, x in part.items()} for c, part in reports.value.items()},
+            {c: {n: x.dtype for n, x in part.items()} for c, part in reports.value.items()},
+            sum(weights),
+            {n: pairwise([a * b for a, b in zip(v, measured, strict=True)]) for n, v in reports.metrics.items()},
+            sum(measured),
+            len(reports.clients),
+            sum(reports.examples),
+        )
+
     def merge(a: Sum, b: Sum) -> Sum:
         for channel, part in a.value.items():
             for name, x in part.items():
@@ -69,7 +84,36 @@ def weighted_mean(
         value = {c: {n: (x / s.weight).to(s.dtypes[c][n]) for n, x in part.items()} for c, part in s.value.items()}
         return Mean(value, {n: v / max(s.measured, 1.0) for n, v in s.metrics.items()}, s.clients, s.examples)
 
-    return Reducer(lift, merge, finish, mean=None if gauge else weighting)
+    if gauge:
+        return Reducer(lift, merge, finish)
+    return Reducer(lift, merge, finish, mean=weighting, stack=stack)
+
+
+def pairwise(terms: list[float]) -> float:
+    """The sum of at least one term, by neighbours: ((a + b) + (c + d)) + e, as the fold adds."""
+    while len(terms) > 1:
+        ends = terms[len(terms) & ~1 :]
+        terms = [a + b for a, b in zip(terms[0::2], terms[1::2], strict=False)] + ends
+    return terms[0]
+
+
+def _weighted(x: Tensor, weights: list[float]) -> Tensor:
+    """Σ weights_k x_k of x [K, …] in float64, added by neighbours, with the bits of the fold of one client at a time.
+
+    In pieces, so that the K products in float64 stay in the cache.
+    """
+    clients, flat = len(x), x.reshape(len(x), -1)
+    w = torch.tensor(weights, dtype=torch.float64, device=x.device).unsqueeze(1)
+    out = torch.empty(flat.shape[1], dtype=torch.float64, device=x.device)
+    width = max(1, PIECE // clients)
+    for begin in range(0, flat.shape[1], width):
+        terms = flat[:, begin : begin + width].to(torch.float64, copy=True).mul_(w)
+        while len(terms) > 1:
+            pairs = len(terms) // 2
+            sums = terms[0 : 2 * pairs : 2].add_(terms[1 : 2 * pairs : 2])
+            terms = torch.cat([sums, terms[-1:]]) if len(terms) % 2 else sums
+        out[begin : begin + width] = terms[0]
+    return out.view(x.shape[1:])
 
 
 class Ranged(NamedTuple):
@@ -88,6 +132,10 @@ def ranged(reduce: Reducer[Any, Mean], *names: str) -> Reducer[Ranged, Mean]:
     def lift(report: Report) -> Ranged:
         return Ranged(reduce.lift(report), {n: (report.metrics[n],) for n in names if n in report.metrics})
 
+    def stack(reports: Reports) -> Ranged:
+        assert reduce.stack
+        return Ranged(reduce.stack(reports), {n: tuple(reports.metrics[n]) for n in names if n in reports.metrics})
+
     def merge(a: Ranged, b: Ranged) -> Ranged:
         keys = a.seen.keys() | b.seen.keys()
         return Ranged(reduce.merge(a.inner, b.inner), {n: a.seen.get(n, ()) + b.seen.get(n, ()) for n in sorted(keys)})
@@ -99,7 +147,7 @@ def ranged(reduce: Reducer[Any, Mean], *names: str) -> Reducer[Ranged, Mean]:
         of = (("min", min), ("median", median), ("max", max))
         return mean._replace(metrics=mean.metrics | {f"{n}_{k}": f(v) for n, v in a.seen.items() for k, f in of})
 
-    return reduce._replace(lift=lift, merge=merge, finish=finish)
+    return reduce._replace(lift=lift, merge=merge, finish=finish, stack=stack if reduce.stack else None)
 
 
 def collect() -> Reducer[tuple[Report, ...], tuple[Report, ...]]:

@@ -25,7 +25,11 @@ def test_any_order_and_block_size_give_the_same_tree(n: int, level: int, rng: ra
     for i in range(n):
         one.add(Node(0, i, i))
     size = 1 << level
-    nodes = [node for s in range(0, n, size) for node in leaves(list(range(s, min(s + size, n))), s, tree_merge, n)]
+    nodes = [
+        node
+        for s in range(0, n, size)
+        for node in leaves(range(s, min(s + size, n)), s, min(size, n - s), tree_merge, n)
+    ]
     rng.shuffle(nodes)
     many = Fold[object](n, tree_merge)
     for node in nodes:
@@ -44,8 +48,8 @@ def test_leaves_that_are_missing_are_left_out_in_order(values: list[int | None])
 
 
 def test_a_block_is_one_node() -> None:
-    assert [n[:2] for n in leaves([1, 2, 3, 4], 8, tree_merge, 20)] == [(2, 2)]
-    assert [n[:2] for n in leaves([1, 2, 3], 16, tree_merge, 19)] == [(2, 4)]  # the cohort's last, short block
+    assert [n[:2] for n in leaves([1, 2, 3, 4], 8, 4, tree_merge, 20)] == [(2, 2)]
+    assert [n[:2] for n in leaves([1, 2, 3], 16, 3, tree_merge, 19)] == [(2, 4)]  # the cohort's last, short block
 
 
 def test_a_result_counts_once() -> None:

@@ -4,18 +4,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from flwr.app import Context, Message
 
 from fedsim import tree, worker
-from fedsim.block import Guest, Work
+from fedsim.block import Guest, Work, lowered
 from fedsim.config import EngineConfig
-from fedsim.data.dataset import Federation
+from fedsim.data.dataset import Federation, Split
 from fedsim.errors import ClientError
 from fedsim.fold import Fold
 from fedsim.grids.flower import MessageGrid, error_reply, from_value, to_value
 from fedsim.memory import Memory
-from fedsim.types import Reducer
+from fedsim.types import Local, Reducer
 from fedsim.worker import Failure, reason, say_once
 
 log = logging.getLogger("fedsim")
@@ -52,17 +51,25 @@ def canonical(cohort: Sequence[int], federation: Federation, split: str = "train
     return sorted(set(cohort), key=lambda client: (-len(federation.indices(client, split)), client))
 
 
-def use_blocks(engine: EngineConfig, device: torch.device, unbatchable: str | None) -> bool:
-    """Whether clients run as stacked tensors; says once what was chosen and why."""
+def use_blocks(engine: EngineConfig, data: Split, local: Local) -> bool:
+    """Whether clients run as stacked tensors; says once what was chosen and why.
+
+    In auto, a GPU always takes blocks. A CPU takes them where every step is written out for a block (fedsim/lower.py),
+    which is measured to win (docs/benchmarks.md); elsewhere stacked tensors lose to the plain step there.
+    """
+    device = data.x.device.type
     if engine.execution == "plain":
         return False
-    if unbatchable is not None:
-        say_once(f"clients run one by one: {unbatchable}")
+    if local.unbatchable is not None:
+        say_once(f"clients run one by one: {local.unbatchable}")
         return False
-    if engine.execution == "auto" and device.type == "cpu":
-        say_once("clients run one by one: on a CPU the plain step is faster than stacked tensors")
-        return False
-    say_once(f"clients run in blocks of {engine.block} on {device.type}")
+    if engine.execution == "auto" and device == "cpu":
+        if not (local.passes and all(lowered(each) for each in local.passes)):
+            say_once("clients run one by one: on a CPU the plain step is faster than stacked tensors")
+            return False
+        say_once(f"clients run in blocks of {engine.block} on {device}: their steps are written out for a block")
+        return True
+    say_once(f"clients run in blocks of {engine.block} on {device}")
     return True
 
 
@@ -86,7 +93,7 @@ class InlineGrid(MessageGrid):
         schedule = work.local.passes[0].schedule if work.local.passes else None
         clients = canonical(cohort, self._federation, schedule.split if schedule else "train")
         size, n = self._engine.block, len(clients)
-        blocks = use_blocks(self._engine, self._federation.dataset.train.x.device, work.local.unbatchable)
+        blocks = use_blocks(self._engine, self._federation.dataset.train, work.local)
         fold: Fold[Any] = Fold(n, reduce.merge)
         done: list[worker.Partial] = []
         for start in self._order(list(range(0, n, size))):
