@@ -83,6 +83,7 @@ class EvaluateConfig(Closed):
     every: int = Field(1, ge=1)
     batch_size: int = Field(512, ge=1)
     clients: int = Field(100, ge=1, description="a fixed sample of at most so many clients is evaluated")
+    local: bool = Field(False, description="also right after local training: local_accuracy of the cohort's clients")
 
 
 class CheckpointConfig(Closed):

@@ -85,6 +85,8 @@ def assemble(
         )
 
     if experiment.evaluate.local:
+        if not experiment.data.holdout:
+            raise ConfigError("evaluate.local: needs held-out examples of the clients: set data.holdout")
         strategy = after_training(task, strategy)
     local = evaluation(task, strategy, experiment.evaluate.batch_size)
     panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
