@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tomli_w
 import torch
 from safetensors.torch import save
 
@@ -167,11 +168,12 @@ def run(
         check_same(experiment, out)
     secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
     session = build(experiment, order, secret)
-    state, done, extra = session.driver.begin(), 0, {}
+    state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)
     with lock(out):
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
         if resume and any((out / "checkpoint").glob("round-*")):
             found = store.load(checkpoint.named_tuples(state))
+            check_origin(experiment, found, origin)
             state, done, extra = found.state, found.round, found.extra
             session.memory.update(found.memory)
             session.memory.changed.clear()
@@ -180,13 +182,14 @@ def run(
         if account:
             privacy.keep(account.private, out / "checkpoint")
         began = (out / record.METRICS).exists()
-        opened = (
-            record.reopen(out, done, clock=clock) if began else record.create(out, config.dump(experiment), clock=clock)
-        )
+        dumped = config.dump(experiment)
+        opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
+        if began:
+            files.write(out / record.CONFIG, tomli_w.dumps(dumped).encode())  # what may change is written as it is now
         with opened as book:
             try:
                 with stoppable():
-                    state = _rounds(session, state, done, last, account, store, book, show)
+                    state = _rounds(session, state, done, last, account, store, origin, book, show)
             except KeyboardInterrupt:
                 book.finish("stopped", params_sha256=None, error="interrupted")
                 raise
@@ -212,6 +215,7 @@ def _rounds(
     last: int,
     account: Account | None,
     store: checkpoint.Store,
+    origin: Mapping[str, Any],
     book: record.Record,
     show: Callable[[Mapping[str, Any]], None],
 ) -> Any:
@@ -246,7 +250,8 @@ def _rounds(
             if finished.scores is not None:
                 book.clients({"client": s.client, "examples": s.examples, **s.metrics} for s in finished.scores)
             if number % experiment.checkpoint.every == 0 or number == last:
-                store.save(number, dumped, state, session.memory, {"privacy": account.dump()} if account else {})
+                extra = {**origin, "privacy": account.dump()} if account else origin
+                store.save(number, dumped, state, session.memory, extra)
                 if account:
                     privacy.write(account, book.folder)
         except OSError as e:
@@ -324,6 +329,31 @@ def check_same(experiment: Experiment, out: Path) -> None:
     changed = [key for key in changed if key not in FREE]
     if changed:
         raise ResumeError(f"--resume: the config differs from the run's in {', '.join(changed)}")
+
+
+def origin_of(session: Session) -> dict[str, Any]:
+    """What a run's numbers come from beside its config: the bytes of its data, and the versions of what computes them."""
+    dataset = session.federation.dataset
+    parts = {"train": dataset.train, "test": dataset.test}
+    digest = tree.digest({f"{name}.{of}": getattr(split, of) for name, split in parts.items() for of in ("x", "y")})
+    return {"data": digest, "versions": record.environment()}
+
+
+def check_origin(experiment: Experiment, found: checkpoint.Checkpoint, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data or to fewer rounds; name versions that have changed, since bits may then differ."""
+    if experiment.rounds < found.round:
+        raise ResumeError(
+            f"rounds: must be at least {found.round}, the round of the last checkpoint (got {experiment.rounds})"
+        )
+    if found.extra.get("data") != now["data"]:
+        raise ResumeError(
+            f"data.name: the examples of '{experiment.data.dataset.name}' are not those the run began with"
+        )
+    before = found.extra.get("versions", {})
+    changed = {name: version for name, version in now["versions"].items() if before.get(name) != version}
+    if changed:
+        text = ", ".join(f"{name} {before.get(name, '-')} → {version}" for name, version in changed.items())
+        log.warning("resuming with other versions, which may give other bits: %s", text)
 
 
 @contextmanager
