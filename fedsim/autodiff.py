@@ -66,7 +66,7 @@ def _differentiated(tensors: Any) -> bool:
 
 
 class _Call:
-    """A loss and the names of its parameters. ``torch.func`` takes tuples apart at every turn; this is one leaf to it."""
+    """A loss and the names of its parameters, as one leaf: ``torch.func`` takes tuples apart at every turn."""
 
     def __init__(self, loss: Loss, names: tuple[str, ...]) -> None:
         self.loss, self.names = loss, names
