@@ -27,6 +27,8 @@ data_app = typer.Typer(help="Data sets: fetch them, list them, draw a partition.
 new_app = typer.Typer(help="Start something of your own.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(new_app, name="new")
+privacy_app = typer.Typer(help="Differential privacy: plan what a run costs, and test its noise.", no_args_is_help=True)
+app.add_typer(privacy_app, name="privacy")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="an experiment (TOML)")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. strategy.lr=0.1")]  # noqa: UP045
@@ -248,6 +250,52 @@ def data_show(
         print(row)
     picture.draw(federation, out)
     print(f"picture: {out}")
+
+
+@privacy_app.command("plan")
+def privacy_plan(
+    file: File,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="also draw epsilon over rounds into this SVG")] = None,
+) -> None:
+    """The noise, epsilon over the rounds by every accountant, and what other noise would cost. Nothing is trained."""
+    from fedsim import plan
+
+    private = _private(file, overrides)
+    for row in plan.lines(private):
+        print(row)
+    if out is not None:
+        plan.picture(private, out)
+        print(f"picture: {out}")
+
+
+@privacy_app.command("audit")
+def privacy_audit(
+    file: File,
+    overrides: Overrides = None,
+    trials: Annotated[int, typer.Option(min=1, max=1000, help="of 400 canaries each")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="of the canaries")] = 0,
+) -> None:
+    """Attack the run's own mechanism with canaries: does its noise give what the ledger claims?"""
+    from fedsim import audit
+
+    rows, passed = audit.report(_private(file, overrides), trials, seed)
+    for row in rows:
+        print(row)
+    if not passed:
+        raise FedsimError("the mechanism does not give what is claimed")
+
+
+def _private(file: Path, overrides: list[str] | None) -> Any:
+    """The prepared privacy of an experiment."""
+    from fedsim import config
+
+    experiment = config.parse(config.override(config.read(file), overrides or []))
+    if experiment.privacy is None:
+        raise ConfigError(f"{file}: has no [privacy] table")
+    from fedsim.run import build
+
+    return build(experiment).private
 
 
 @new_app.command("strategy")

@@ -405,6 +405,3 @@ def public(account: Account, line: Mapping[str, Any]) -> dict[str, Any]:
 def write(account: Account, folder: Path) -> None:
     """Put the statement into a run's folder."""
     files.write(folder / STATEMENT, statement(account).encode())
-
-
-__all__ = ["Account", "Private", "keep", "opened", "protect", "public", "resolved", "secret", "statement", "write"]

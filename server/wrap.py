@@ -110,14 +110,13 @@ def client_level(strategy: Strategy[S], mechanism: Mechanism) -> Strategy[Guarde
         own = strategy.gauges(state.inner) if strategy.gauges else {}
         return own | ({"clip": state.clip} if mechanism.adaptive else {})
 
-    return Strategy(
-        lambda generator: Guarded(strategy.init(generator), 0, mechanism.clip),
-        phases,
-        lambda state: strategy.params(state.inner),
-        strategy.sends,
-        strategy.personal,
-        strategy.is_global,
-        gauges,
+    export = strategy.export
+    return strategy._replace(  # type: ignore[return-value]
+        init=lambda generator: Guarded(strategy.init(generator), 0, mechanism.clip),
+        phases=phases,
+        params=lambda state: strategy.params(state.inner),
+        gauges=gauges,
+        export=(lambda state: export(state.inner)) if export else None,
     )
 
 
@@ -181,7 +180,9 @@ def shapes(phase: Phase[S], state: S) -> Payload:
     moved = any(x.any() for x in model.values())
     for channel, part in done.value.items():
         if moved and part.keys() == model.keys() and all(torch.equal(part[n], model[n]) for n in model):
-            raise ConfigError(f"privacy.mode: 'client' clips a change of the model, and '{channel}' is the model itself")
+            raise ConfigError(
+                f"privacy.mode: 'client' clips a change of the model, and '{channel}' is the model itself"
+            )
     return done.value
 
 
