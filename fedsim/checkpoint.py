@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
     round: int
     config: dict[str, Any]
     state: Any
-    memory: dict[int, Any]
+    memory: Mapping[int, Any]  # read when it is asked for: a population's need not fit into memory
     extra: dict[str, Any]
 
 
@@ -127,6 +127,22 @@ def unpack(path: Path, named: Mapping[str, type]) -> Any:
         raise ResumeError(f"{path}: damaged ({type(e).__name__})") from e
 
 
+class Memories(Mapping[int, Any]):
+    """Clients' memories in the files of a checkpoint, each read when it is asked for."""
+
+    def __init__(self, paths: Mapping[int, Path], named: Mapping[str, type]) -> None:
+        self.paths, self._named = paths, named
+
+    def __getitem__(self, client: int) -> Any:
+        return unpack(self.paths[client], self._named)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
 class Store:
     """The checkpoints of one run."""
 
@@ -190,11 +206,9 @@ class Store:
         for name, digest in manifest["sha256"].items():
             _verify(folder / name, digest)
         since = {int(client): (int(round), str(digest)) for client, (round, digest) in manifest["memory"].items()}
-        memory = {}
-        for client, (round, digest) in since.items():
-            path = self._folder / "clients" / f"{client}-{round}.safetensors"
-            _verify(path, digest)
-            memory[client] = unpack(path, named)
+        memory = Memories({c: self._folder / "clients" / f"{c}-{r}.safetensors" for c, (r, _) in since.items()}, named)
+        for client, (_, digest) in since.items():
+            _verify(memory.paths[client], digest)
         state = unpack(folder / "state.safetensors", named)
         self._since = since
         return Checkpoint(manifest["round"], manifest["config"], state, memory, manifest["extra"])

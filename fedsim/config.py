@@ -69,6 +69,7 @@ class EngineConfig(Closed):
     block: int = Field(8, ge=1, le=4096, description="clients that a worker runs at once; a power of two")
     paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
     on_error: Literal["raise", "drop"] = Field("raise", description="what a failing client does to the run")
+    memory_mb: int = Field(1024, ge=1, description="of clients' memories in this process; the others go to files")
 
     @model_validator(mode="after")
     def _power_of_two(self) -> "EngineConfig":

@@ -36,7 +36,7 @@ from server.loop import Driver, Native, Panel, Round, rounds
 log = logging.getLogger("fedsim")
 
 # What may change at a resume, since it decides no number of a round.
-FREE = {"rounds", "checkpoint.every", "checkpoint.keep", "privacy.max_epsilon"}
+FREE = {"rounds", "checkpoint.every", "checkpoint.keep", "engine.memory_mb", "privacy.max_epsilon"}
 
 
 class Session(NamedTuple):
@@ -78,7 +78,8 @@ def assemble(
         strategy, private = privacy.protect(experiment, federation, task, secret)
     else:
         strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
-    key, memory, population = Key.root(experiment.seed), Memory(), len(federation)
+    key, population = Key.root(experiment.seed), len(federation)
+    memory = Memory(limit=experiment.engine.memory_mb << 20)
 
     if isinstance(strategy, foreign.Foreign):
         return Session(
@@ -332,7 +333,7 @@ def check_same(experiment: Experiment, out: Path) -> None:
 
 
 def origin_of(session: Session) -> dict[str, Any]:
-    """What a run's numbers come from beside its config: the bytes of its data, and the versions of what computes them."""
+    """What a run's numbers come from beside its config: the bytes of its data, and the versions that compute them."""
     dataset = session.federation.dataset
     parts = {"train": dataset.train, "test": dataset.test}
     digest = tree.digest({f"{name}.{of}": getattr(split, of) for name, split in parts.items() for of in ("x", "y")})
@@ -340,7 +341,7 @@ def origin_of(session: Session) -> dict[str, Any]:
 
 
 def check_origin(experiment: Experiment, found: checkpoint.Checkpoint, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other data or to fewer rounds; name versions that have changed, since bits may then differ."""
+    """Refuse other data and fewer rounds than are done; name versions that have changed, since bits may then differ."""
     if experiment.rounds < found.round:
         raise ResumeError(
             f"rounds: must be at least {found.round}, the round of the last checkpoint (got {experiment.rounds})"

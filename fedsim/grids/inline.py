@@ -96,15 +96,15 @@ class InlineGrid(MessageGrid):
         blocks = use_blocks(self._engine, self._federation.dataset.train, work.local)
         fold: Fold[Any] = Fold(n, reduce.merge)
         done: list[worker.Partial] = []
-        for start in self._order(list(range(0, n, size))):
-            guests = [Guest(c, self.memory.get(c)) for c in clients[start : start + size]]
-            part = worker.run(work, self._federation, guests, start, n, reduce, blocks)
-            check(part.failures, self._engine, work)
-            for node in part.nodes:
-                fold.add(node)
-            done.append(part._replace(nodes=[]))
-        for part in done:  # only now: a round that fails leaves no client with a memory of it
-            self.memory.update(part.memory)
+        with self.memory.together() as remember:  # a round that fails leaves no client with a memory of it
+            for start in self._order(list(range(0, n, size))):
+                guests = [Guest(c, self.memory.get(c)) for c in clients[start : start + size]]
+                part = worker.run(work, self._federation, guests, start, n, reduce, blocks)
+                check(part.failures, self._engine, work)
+                for node in part.nodes:
+                    fold.add(node)
+                remember(part.memory)
+                done.append(part._replace(nodes=[], memory={}))
         return Outcome(
             fold.result() if n else None,
             sum(part.clients for part in done),
