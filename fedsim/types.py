@@ -206,6 +206,7 @@ class Strategy(NamedTuple, Generic[S]):
     personal: (shared, memory) -> the client's own model, where clients have one; evaluated beside the global model
     is_global: whether ``params`` is a model of the task, to be evaluated on the central test set
     gauges:   (state) -> named numbers to be logged each round (a learning rate, a step size)
+    export:   (state) -> files that a run leaves beside its model, by their path in the run's folder
     """
 
     init: Callable[[torch.Generator], S]
@@ -215,3 +216,4 @@ class Strategy(NamedTuple, Generic[S]):
     personal: Callable[[Payload, Payload], Tree] | None = None
     is_global: bool = True
     gauges: Callable[[S], dict[str, float]] | None = None
+    export: Callable[[S], dict[str, bytes]] | None = None

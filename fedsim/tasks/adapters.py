@@ -16,13 +16,16 @@ the first dimension of whatever enters a linear layer; that is tried on the firs
 ``torch.func`` does the work.
 """
 
+import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,6 +33,7 @@ from fedsim import tree
 from fedsim.autodiff import value_and_grad
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
+from fedsim.tasks.module import seeded
 from fedsim.types import Batch, Task, Tree
 
 log = logging.getLogger("fedsim")
@@ -77,9 +81,7 @@ def targets(task: Task, wanted: Sequence[str] = ()) -> Targets:
     With nothing wanted: the query and value projections of attention, and where a model has none by the usual names,
     every linear layer but the head. Raises ``ConfigError`` for a model without such layers.
     """
-    if task.module is None:
-        raise ConfigError("strategy.name: adapters need a task that was made from an nn.Module")
-    model = task.module()
+    model = _module(task)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     linear = [
         Layer(name, part.out_features, part.in_features)
@@ -102,6 +104,22 @@ def targets(task: Task, wanted: Sequence[str] = ()) -> Targets:
         raise ConfigError(f"strategy.targets: this model has no linear layer '{missing[0]}'")
     head = tuple(name for name in (last.weight, f"{last.name}.bias") if name in trainable and last not in chosen)
     return Targets(chosen, head)
+
+
+def _module(task: Task) -> nn.Module:
+    """The task's module, for its names and shapes."""
+    if task.module is None:
+        raise ConfigError("strategy.name: adapters need a task that was made from an nn.Module")
+    with seeded(Key.root(0).at("adapters", "module").torch()):
+        module: nn.Module = task.module()
+    return module
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """Inside, constants are made: a ``vmap``, in whose middle one may be asked for first, does not see it."""
+    with torch._C._DisableFuncTorch(), torch.no_grad():
+        yield
 
 
 def start_A(layer: Layer, rank: int, how: Start, key: Key, W0: Tensor) -> Tensor:
@@ -166,6 +184,59 @@ def increment(layer: Layer, alpha: float, factors: Tree) -> Tensor:
     return alpha / A.shape[-2] * (BR @ A)
 
 
+def files(
+    task: Task, layers: Sequence[Layer], alpha: float, base: Tree, factors: Tree, change: Tree
+) -> dict[str, bytes]:
+    """The adapters as PEFT saves them: ``PeftModel.from_pretrained(model, "adapter")`` gives a model of equal logits.
+
+    Where W₀ itself has changed, the increment as a whole is split into factors of as many singular values as it has.
+    A module that keeps its backbone in a part of its own says so by ``backbone = (name of the part, path)``; names are
+    then the backbone's, and what is outside of it (the head) is in ``head.safetensors``.
+    """
+    part, path = getattr(_module(task), "backbone", ("", None))
+    prefix = f"{part}." if part else ""
+    pairs = {layer: _pair(layer, alpha, factors, change.get(layer.weight)) for layer in layers}
+    rank = max(len(A) for A, _ in pairs.values())
+    tensors = {}
+    for layer, (A, B) in pairs.items():
+        name, missing = f"base_model.model.{layer.name.removeprefix(prefix)}", rank - len(A)
+        tensors[f"{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing)).cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = F.pad(B, (0, missing)).cpu().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": path,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,  # the scale is in B
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [layer.name.removeprefix(prefix) for layer in layers],
+    }
+    out = {
+        "adapter/adapter_config.json": json.dumps(config, indent=2).encode(),
+        "adapter/adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
+    everything = base | {name: x for name, x in factors.items() if name in base}
+    head = {
+        name: x.cpu().contiguous()
+        for name, x in everything.items()
+        if (prefix and not name.startswith(prefix)) or name in factors
+    }
+    return out | ({"adapter/head.safetensors": save(head)} if head else {})
+
+
+def _pair(layer: Layer, alpha: float, factors: Tree, change: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A and s B of a layer, W₀'s change in them."""
+    if change is None:
+        A, B = factors[layer.A], factors[layer.B]
+        return A, alpha / len(A) * (B @ factors[layer.R] if layer.R in factors else B)
+    U, S, Vh = torch.linalg.svd((change + increment(layer, alpha, factors)).double(), full_matrices=False)
+    rank = max(1, int((S / S[0].clamp_min(1e-300) > torch.finfo(change.dtype).eps).sum()))
+    root = S[:rank].sqrt()
+    return (root[:, None] * Vh[:rank]).to(change.dtype), (U[:, :rank] * root).to(change.dtype)
+
+
 class _Loss:
     """The loss as a function of the adapters, with a formulation for blocks (``fedsim.autodiff.Block``)."""
 
@@ -195,9 +266,11 @@ class _Loss:
                 return mine
             log.warning("this model does not keep the examples of a batch apart: blocks of clients run by torch.func")
         each = torch.func.grad_and_value(lambda p, x, y, w: self(p, Batch(x, y, w)))
-        grads, values = torch.vmap(each)(params, *batch) if batch.weight is not None else torch.vmap(
-            lambda p, x, y: each(p, x, y, None)
-        )(params, batch.x, batch.y)
+        grads, values = (
+            torch.vmap(each)(params, *batch)
+            if batch.weight is not None
+            else torch.vmap(lambda p, x, y: each(p, x, y, None))(params, batch.x, batch.y)
+        )
         return values, grads
 
     def _fold(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
@@ -277,7 +350,7 @@ class _Sum(Tensor):
 
 
 _ABOUT = {  # what can be said of a sum without forming it
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.shape.__get__,
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
     Tensor.device.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
