@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.tasks import char_gru, mlp
-from fedsim.tasks.metrics import evaluate, spread
+from fedsim.tasks.metrics import _macro_f1, evaluate, spread
 from fedsim.types import Batch, Task
 
 
@@ -84,6 +84,15 @@ def test_spread_by_hand() -> None:
         "client_accuracy_worst": 0.0,
         "client_accuracy_p10": pytest.approx(0.1),
     }
+
+
+def test_macro_f1_of_a_large_vocabulary_needs_no_table_of_it() -> None:
+    """Two million tokens over 20,000 classes: a table of predictions by classes² would be 6 PB."""
+    tokens = np.arange(2_000_000) % 20_000
+    shifted = np.where(tokens < 10_000, tokens, 19_999)  # the lower half is right, the upper all called one class
+    assert _macro_f1(tokens, tokens, 20_000) == 1.0
+    last = 2 * 100 / (1_000_000 + 100)
+    assert _macro_f1(shifted, tokens, 20_000) == pytest.approx((10_000 + last) / 20_000, rel=1e-12)
 
 
 def test_clients_without_examples_have_no_accuracy() -> None:
