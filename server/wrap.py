@@ -20,7 +20,7 @@ be told apart (Mironov 2012; Jin et al. 2021, arXiv:2112.05307). It is a mitigat
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -110,14 +110,15 @@ def client_level(strategy: Strategy[S], mechanism: Mechanism) -> Strategy[Guarde
         own = strategy.gauges(state.inner) if strategy.gauges else {}
         return own | ({"clip": state.clip} if mechanism.adaptive else {})
 
-    export = strategy.export
-    return strategy._replace(  # type: ignore[return-value]
+    export, change = strategy.export, cast(Any, strategy)._replace  # a state of another type, all else as it was
+    guarded: Strategy[Guarded[S]] = change(
         init=lambda generator: Guarded(strategy.init(generator), 0, mechanism.clip),
         phases=phases,
         params=lambda state: strategy.params(state.inner),
         gauges=gauges,
         export=(lambda state: export(state.inner)) if export else None,
     )
+    return guarded
 
 
 def noisy(phase: Phase[S], i: int, phases: int, mechanism: Mechanism, start: S) -> Phase[Guarded[S]]:
