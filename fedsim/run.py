@@ -201,6 +201,9 @@ def run(
             params = session.driver.params(state)
             try:
                 files.write(out / "model.safetensors", save({n: x.detach().cpu().clone() for n, x in params.items()}))
+                for name, content in session.driver.export(state).items():
+                    (out / name).parent.mkdir(exist_ok=True)
+                    files.write(out / name, content)
                 if last < experiment.rounds:
                     why = f"round {last + 1} would have spent more than the privacy budget"
                     return book.finish("stopped", params_sha256=tree.digest(params), error=why)

@@ -149,6 +149,9 @@ class Driver:
     def gauges(self, state: State) -> dict[str, float]:
         return {}
 
+    def export(self, state: State) -> dict[str, bytes]:
+        return {}
+
     def _evaluated(self, state: State, arrays: ArrayRecord | None, round: int) -> dict[str, float]:
         """Flower's federated evaluation, where the strategy's arguments ask for it."""
         config = ConfigRecord({"server-round": round})

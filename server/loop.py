@@ -54,6 +54,7 @@ class Driver(Protocol[S]):
     def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None: ...
     def params(self, state: S) -> Tree: ...
     def gauges(self, state: S) -> dict[str, float]: ...
+    def export(self, state: S) -> dict[str, bytes]: ...
 
 
 def rounds(driver: Driver[S], state: S, first: int, last: int, evaluate: Callable[[int], bool]) -> Iterator[Round[S]]:
@@ -116,6 +117,9 @@ class Native(Generic[S]):
 
     def gauges(self, state: S) -> dict[str, float]:
         return self._strategy.gauges(state) if self._strategy.gauges else {}
+
+    def export(self, state: S) -> dict[str, bytes]:
+        return self._strategy.export(state) if self._strategy.export else {}
 
 
 def run_round(

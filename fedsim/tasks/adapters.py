@@ -349,11 +349,8 @@ class _Sum(Tensor):
             return self.as_subclass(Tensor) + self._scale * product
 
 
-_ABOUT = {  # what can be said of a sum without forming it
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+_ABOUT: set[Any] = {  # what can be said of a sum without forming it
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("shape", "dtype", "device", "ndim")),
     Tensor.size,
     Tensor.dim,
 }
