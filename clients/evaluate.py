@@ -61,7 +61,7 @@ class Watched(NamedTuple):
 
 def after_training(task: Task, strategy: Strategy[Any]) -> Strategy[Any]:
     """The strategy whose clients also report ``local_accuracy`` and ``local_loss``: on the "holdout" split, of the
-    model that they have when their work is done and before it is sent. Nothing else changes, to the bit.
+    model that they have when their work is done and before it is sent. Nothing else changes.
 
     Phases whose clients have no model at the end (``Local.model``) stay as they are. The mean over clients weighs by
     their training examples; a client without held-out examples (it has one example in all) counts with 0.

@@ -1,9 +1,8 @@
 """`dominant_groups`: some of a client's examples are spread over all labels, the others come from a few dominant ones.
 
-The partition of FedPAC and HyperFL (Guo et al. 2025, arXiv:2412.07187, section 5.1): of ``size`` examples a share
-``spread`` (20 %) is spread evenly over all labels, the rest evenly over client i's group, ``groups[i mod len(groups)]``.
-Numbers that do not divide give their first labels one example more. Labels are drawn without replacement, over all
-clients: no example is held twice.
+The partition of HyperFL (Guo et al. 2025, arXiv:2412.07187): of ``size`` examples a share ``spread`` (20 %) is spread
+evenly over all labels, the rest evenly over client i's group, ``groups[i mod len(groups)]``. Numbers that do not divide
+give their first labels one example more. Examples are drawn without replacement, over all clients.
 
 Ten labels have the paper's five groups of three, each of which shares a label with the next; another number of labels
 needs ``groups`` to be given.
