@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fedsim.data.dataset import Federation, Indices
 from fedsim.rng import Key
+from fedsim.tasks.module import seeded
 from fedsim.types import Batch, Done, Fused, Local, Pass, Payload, Schedule, Visit
 
 AHEAD = 1 << 18  # elements that are gathered at once: a few batches ahead, but no more than stays in the cache
@@ -111,6 +112,14 @@ def remembered(work: Work, guest: Guest) -> Payload:
 
 def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     """One client's work and its number of examples."""
+    if work.local.unbatchable is None:
+        return _one(work, federation, guest)
+    # Dropout, the usual reason, draws from the global generator: it is lent this client's own stream.
+    with seeded(work.stream(guest.client).at("model").torch(federation.dataset.train.x.device)):
+        return _one(work, federation, guest)
+
+
+def _one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     local, data = work.local, federation.dataset.train
     first, device = _first(local), data.x.device
     n = len(federation.indices(guest.client, first.split))
