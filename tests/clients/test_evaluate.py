@@ -52,7 +52,7 @@ def test_a_model_is_known_where_there_is_one() -> None:
         return s.phases[0].local  # type: ignore[attr-defined,no-any-return]
 
     task = mlp.build(mlp.Config(hidden=(4,), dtype="float64"), WORLD.dataset, 2)
-    s = hyperfl.build(hyperfl.Config(hidden=4, embedding=3, epochs=60), task)
+    s = hyperfl.build(hyperfl.Config(hidden=4, embedding=3, head_epochs=60), task)
     watched = after_training(task, s)
     _, trained = run_round(watched, watched.init(KEY.torch()), 1, [0, 1], grid(WORLD), KEY)
     assert trained.metrics["local_accuracy"] == 1.0  # there is one label
