@@ -13,9 +13,10 @@ All three are upper bounds. The central-limit accountant ("gdp") is not one, so 
 server that imports opacus and dp_accounting; both are loaded when they are first asked for.
 """
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
@@ -196,32 +197,59 @@ def title(accountant: Accountant) -> str:
 
 
 def calibrate(
-    histories: Callable[[float], Iterable[History]], target: float, delta: float, accountant: Accountant
+    histories: Callable[[float], Sequence[History]], target: float, delta: float, accountant: Accountant
 ) -> float:
     """The smallest σ, to within 0.5 % of ε, at which ``histories(σ)`` cost at most ``target``: never more.
 
     Raises ``ConfigError`` for a target that no noise in the allowed range meets; it says which ones can be met.
     """
+    # One history is followed, the worst; the others are looked at again when its σ is found.
+    units = list(histories(1.0))
+    at = units.index(worst(set(units), delta, accountant)[1])
+    while True:
+        sigma = _solve(lambda s, at=at: epsilon(histories(s)[at], delta, accountant), target)  # type: ignore[misc]
+        units = list(histories(sigma))
+        cost, leader = worst(set(units), delta, accountant)
+        if cost <= target:
+            return sigma
+        at = units.index(leader)
 
-    def cost(sigma: float) -> float:
-        return worst(set(histories(sigma)), delta, accountant)[0]
 
+def _solve(cost: Callable[[float], float], target: float) -> float:
+    """σ with CLOSE · target ≤ cost(σ) ≤ target; ``cost`` falls as σ grows, about like a power of it."""
     if (least := cost(MAX_NOISE)) > target:
-        raise ConfigError(f"privacy.target_epsilon: must be at least {least:.4g} for these rounds (got {target})")
-    low, high = MIN_NOISE, 1.0
-    while cost(high) > target:
-        low, high = high, min(2 * high, MAX_NOISE)
-    if low == MIN_NOISE:
-        while high > MIN_NOISE and cost(max(high / 1.5, MIN_NOISE)) <= target:
-            high = max(high / 1.5, MIN_NOISE)
-        low = max(high / 1.5, MIN_NOISE)
-        if high == MIN_NOISE and (most := cost(MIN_NOISE)) < CLOSE * target:
-            raise ConfigError(
-                f"privacy.target_epsilon: must be at most {most:.4g}, which a noise multiplier of {MIN_NOISE}, the "
-                f"least that is accounted for, costs (got {target})"
-            )
-    # From above: ``high`` always meets the target, and is what is returned.
-    while cost(high) < CLOSE * target and high / low > 1 + 1e-9:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return high
+        raise ConfigError(f"privacy.target_epsilon: must be at least {least:.4g} for these rounds (got {target:g})")
+    low: tuple[float, float] | None = None  # (σ, its cost), above the target
+    high, high_cost, sigma = MAX_NOISE, least, 1.0
+    for attempt in itertools.count():
+        found = cost(sigma)
+        if CLOSE * target <= found <= target:
+            return sigma
+        if found > target:
+            low = sigma, found
+        else:
+            high, high_cost = sigma, found
+            if sigma == MIN_NOISE:
+                raise ConfigError(
+                    f"privacy.target_epsilon: must be at most {found:.4g}, which is what the smallest noise multiplier "
+                    f"that is accounted for ({MIN_NOISE}) costs (got {target:g})"
+                )
+        if low is None:
+            sigma = max(sigma / 2, MIN_NOISE)
+        elif high == MAX_NOISE:
+            sigma = min(sigma * min(max(found / target, 1.2), 8.0), MAX_NOISE * 0.999)
+        elif high / low[0] < 1 + 1e-9:
+            return high
+        else:
+            sigma = _between(low, (high, high_cost), (1 + CLOSE) / 2 * target if attempt % 4 else None)
+    raise AssertionError
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], aim: float | None) -> float:
+    """The next σ to try: where a power law through both ends has ``aim``, or the middle."""
+    middle = math.sqrt(low[0] * high[0])
+    if aim is None or high[1] <= 0:
+        return middle
+    share = math.log(low[1] / aim) / math.log(low[1] / high[1])
+    sigma = low[0] * (high[0] / low[0]) ** share
+    return sigma if low[0] < sigma < high[0] else middle
