@@ -4,9 +4,14 @@
     pass 2   o ← SGD on F(body(o), ϕ) over o alone       (o: θ itself, or what generates it; θ = body(o))
 
 Both with momentum and weight decay, momentum starting at 0 in each pass: g ← clip(∇), m ← μ m + g + λ o, o ← o − η m.
+
+Under example-level privacy (``clients.dp_sgd``) both passes take noisy gradients by (θ, ϕ): the body's step depends on
+the head, so a head that was fitted without noise would put every example into every gradient, and clipping would bound
+nothing. What generates θ gets its gradient from the noisy one by the chain rule, which is post-processing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +23,7 @@ from fedsim import tree
 from fedsim.autodiff import value_and_grad
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
-from fedsim.types import Batch, Done, Local, Pass, Payload, Schedule, Task, Tree, Visit
+from fedsim.types import Batch, Done, Local, Pass, Payload, Private, Schedule, Task, Tree, Visit
 
 
 class AlternateConfig(SgdConfig):
@@ -47,6 +52,7 @@ class Carry(NamedTuple):
     rate: Tensor  # η of the body in this round
     loss: Tensor  # Σ over the body's steps of the batch's mean loss · its examples
     examples: Tensor
+    own: Tensor  # the client's number of examples
     memory: Payload
 
 
@@ -95,7 +101,9 @@ def alternate(
 
     ``clip`` is applied to the gradient of o before weight decay.
     """
-    lr, decay = config.head_lr, config.weight_decay
+    lr, decay, private = config.head_lr, config.weight_decay, task.private
+    sampling: Literal["shuffle", "poisson"] = "poisson" if private else "shuffle"
+    draw = partial(_draw, private) if private else None
 
     def head_loss(params: Tree, batch: Batch, head: Sequence[str]) -> Tensor:
         # Detached, the body takes no part in the backward pass; it is a parameter so that a block can stack it.
@@ -106,40 +114,51 @@ def alternate(
         if head.keys() & outer.keys():
             raise ValueError(f"the head and what is trained with it share the names {sorted(head.keys() & outer)}")
         zero = next(iter(outer.values())).new_zeros(())
-        m, n = tree.zeros(head), tree.zeros(outer)
-        return Carry(head, outer, body(outer), m, n, zero + config.rate(visit.round), zero, zero, memory)
+        m, n, rate = tree.zeros(head), tree.zeros(outer), zero + config.rate(visit.round)
+        return Carry(head, outer, body(outer), m, n, rate, zero, zero, visit.examples, memory)
 
-    def head_step(shared: Payload, c: Carry, batch: Batch, draw: None) -> Carry:
+    def head_step(shared: Payload, c: Carry, batch: Batch, draw: Any) -> Carry:
         names = list(c.head)
-        _, g = value_and_grad(lambda p, b: head_loss(p, b, names))(c.body | c.head, batch)
+        if private:
+            g = private.gradient(c.body | c.head, batch, draw, c.own)
+        else:
+            _, g = value_and_grad(lambda p, b: head_loss(p, b, names))(c.body | c.head, batch)
         g = tree.axpy(decay, c.head, take(g, names))
         m = tree.axpy(config.momentum, c.head_moment, g)
         return c._replace(head=tree.axpy(-lr, m, c.head), head_moment=m)
 
-    def body_step(shared: Payload, c: Carry, batch: Batch, draw: None) -> Carry:
+    def body_gradient(c: Carry, batch: Batch, draw: Any) -> tuple[Tree, Carry]:
         names = list(c.outer)
+        if private:
+            theta, pull, *_ = torch.func.vjp(body, c.outer)
+            return pull(take(private.gradient(theta | c.head, batch, draw, c.own), theta))[0], c
 
         def loss(params: Tree, b: Batch) -> Tensor:
             held = {n: x.detach() for n, x in params.items() if n not in c.outer}
             return task.loss(body(take(params, names)) | held, b)
 
         value, g = value_and_grad(loss)(c.outer | c.head, batch)
-        g = take(g, names)
+        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
+        return take(g, names), c._replace(loss=c.loss + value.detach() * n, examples=c.examples + n)
+
+    def body_step(shared: Payload, c: Carry, batch: Batch, draw: Any) -> Carry:
+        g, c = body_gradient(c, batch, draw)
         g = tree.axpy(decay, c.outer, clip(g) if clip else g)
         m = tree.axpy(config.momentum, c.outer_moment, g)
-        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
-        return c._replace(
-            outer=tree.axpy(-c.rate, m, c.outer),
-            outer_moment=m,
-            loss=c.loss + value.detach() * n,
-            examples=c.examples + n,
-        )
+        return c._replace(outer=tree.axpy(-c.rate, m, c.outer), outer_moment=m)
 
     def model(shared: Payload, c: Carry) -> Tree:
         return body(c.outer) | c.head
 
-    passes = (Pass(head_step, Schedule(config.batch_size, config.head_epochs)), Pass(body_step, config.schedule()))
-    return Local(init, passes, final, remember, None, task.unbatchable, model)
+    passes = (
+        Pass(head_step, Schedule(config.batch_size, config.head_epochs, sampling=sampling)),
+        Pass(body_step, config.schedule()._replace(sampling=sampling)),
+    )
+    return Local(init, passes, final, remember, draw, task.unbatchable, model)
+
+
+def _draw(private: Private, shared: Payload, generator: torch.Generator) -> Any:
+    return private.draw(generator)
 
 
 def train_metrics(c: Carry) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fedsim.rng import Key
 from fedsim.tasks import mlp
 from fedsim.types import Batch, Done, Metrics, Payload, Strategy, Task, Tree
 from server.loop import run_round
-from strategies import fedper, fedrep, hyperfl, pfedhn
+from strategies import centaur, fedper, fedrep, hyperfl, pfedhn, ppsgd
 
 CLIENTS = 4
 SMALL = {"embedding": 6, "hidden": 10, "batch_size": 5, "epochs": 2, "cohort": CLIENTS}
@@ -351,3 +351,40 @@ def test_blocks_agree_with_one_by_one(module: Any) -> None:
     plain = train(s, WORLD, 2, execution="plain")[-1]
     stacked = train(s, WORLD, 2, execution="batched", block=4)[-1]
     torch.testing.assert_close(plain, stacked, rtol=1e-9, atol=1e-10)
+
+
+# --- Under privacy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [hyperfl, fedrep, centaur])
+def test_noise_free_privacy_is_the_plain_method(module: Any) -> None:
+    """σ = 0 and C = ∞, one whole batch a step: the same update as without privacy, in both passes."""
+    from clients import dp_sgd
+
+    settings = {"batch_size": 64, "epochs": 2, "momentum": 0.5}
+    private = dp_sgd.private(TASK, 0.0, 1e9, 64, "auto")
+    state = begin(module.build(module.Config(**settings), TASK))
+    a, b = (visit(module.build(module.Config(**settings), t), state)[0] for t in (TASK, private))
+    torch.testing.assert_close(a.value["delta"], b.value["delta"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(a.memory["head"], b.memory["head"], rtol=1e-6, atol=1e-9)
+
+
+def test_noise_reaches_the_head_and_every_part_of_phi() -> None:
+    from clients import dp_sgd
+
+    private = dp_sgd.private(TASK, 1.0, 1.0, 64, "auto")
+    s = hyperfl.build(hyperfl.Config(**SMALL), private)
+    assert all(p.schedule.sampling == "poisson" for p in s.phases[0].local.passes)
+    state = begin(s)
+    shared = s.phases[0].broadcast(state)
+    first = block.one(Work(1, 0, s.phases[0].local, shared, KEY), WORLD, Guest(0, None))[0]
+    other = block.one(Work(1, 0, s.phases[0].local, shared, KEY.at("x")), WORLD, Guest(0, first.memory))[0]
+    again = block.one(Work(1, 0, s.phases[0].local, shared, KEY.at("y")), WORLD, Guest(0, first.memory))[0]
+    assert all(not torch.equal(x, again.value["delta"][n]) for n, x in other.value["delta"].items())
+    assert not same(other.memory["head"], again.memory["head"])
+
+
+def test_centaur_and_ppsgd_without_privacy_are_fedrep_and_fedper() -> None:
+    for a, b in ((centaur, fedrep), (ppsgd, fedper)):
+        one, other = (train(m.build(m.Config(batch_size=4), TASK), WORLD, 2)[-1] for m in (a, b))  # type: ignore[attr-defined]
+        assert same(one, other)
