@@ -5,7 +5,7 @@ rounding. In a block, parameters are stacked along a new first axis, clients are
 the block shrinks to the clients that still have work: only the last, partial batch of an epoch is padded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -175,26 +175,26 @@ def stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> Stac
     steps = [_steps(first, n) for n in sizes]
     carry = begin(memory, torch.tensor(sizes, device=device), torch.tensor(steps, device=device))
 
-    for p, each in enumerate(local.passes):
-        rows = [federation.indices(g.client, each.schedule.split) for g in guests]
-        plan = _plan(each.schedule, rows, [key.at("batches", p) for key in keys], data.x)
+    for p, part in enumerate(local.passes):
+        rows = [federation.indices(g.client, part.schedule.split) for g in guests]
+        plan = _plan(part.schedule, rows, [key.at("batches", p) for key in keys], data.x)
         if any(a < b for a, b in zip(plan.lengths, plan.lengths[1:], strict=False)):
             raise ValueError("passes over splits of different order cannot run in a block")
-        if (fused := lowered(each)) is not None and draws is None:
+        if (fused := lowered(part)) is not None and draws is None:
             carry = _in_place(fused, carry, plan, data.x, data.y, shared)
         else:
-            carry = _loop(each, carry, plan, data.x, data.y, local, shared, draws)
+            carry = _loop(part, carry, plan, data.x, data.y, local, shared, draws)
 
     done: Done = torch.vmap(lambda c: local.final(shared, c))(carry)
     if order != list(range(len(order))):
         back = torch.tensor(np.argsort(order), device=device)
-        done = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, back), done)
+        done = each(lambda t: t.index_select(0, back), done)
     return Stack(done, given)
 
 
-def lowered(each: Pass) -> Fused | None:
+def lowered(of: Pass) -> Fused | None:
     """The fused formulation of a pass, where it has one and it is that of the step itself (and not of one inside)."""
-    return each.fused if each.fused is not None and each.fused.of is each.step else None
+    return of.fused if of.fused is not None and of.fused.of is of.step else None
 
 
 class _Plan(NamedTuple):
@@ -220,6 +220,9 @@ def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: T
     at = np.zeros((most, len(rows), width), dtype=np.int64)
     count = np.zeros((most, len(rows)), dtype=np.int64)
     for k, mine in enumerate(rows):
+        # Padding is a client's own example: 0 · NaN is NaN, and one client's must not become its neighbours'.
+        filler = mine[0] if len(mine) else 0
+        at[:, k] = filler
         if schedule.sampling == "poisson":
             for s, positions in enumerate(chosen[k]):
                 at[s, k, : len(positions)] = mine[positions]
@@ -227,7 +230,7 @@ def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: T
             continue
         n, of_epoch = len(mine), -(-len(mine) // width)
         for e, positions in enumerate(_epochs(schedule, n, keys[k])):
-            padded = np.zeros(of_epoch * width, dtype=np.int64)
+            padded = np.full(of_epoch * width, filler, dtype=np.int64)
             padded[:n] = mine[positions]
             begin, end = e * of_epoch, min((e + 1) * of_epoch, lengths[k])
             at[begin:end, k] = padded.reshape(of_epoch, width)[: end - begin]
@@ -261,11 +264,11 @@ def _in_place(fused: Fused, carry: Any, plan: _Plan, x: Tensor, y: Tensor, share
         at = plan.at[s, :alive]
         weight = None if plan.whole[s] else plan.weight[s, :alive]
         fused.step(shared, now, Batch(_gather(x, at), _gather(y, at), weight))
-    return pytree.tree_map_only(Tensor, lambda t: t.contiguous(), carry)
+    return each(lambda t: t.contiguous(), carry)
 
 
 def _loop(
-    each: Pass,
+    of: Pass,
     carry: Any,
     plan: _Plan,
     x: Tensor,
@@ -275,7 +278,7 @@ def _loop(
     draws: list[torch.Generator] | None,
 ) -> Any:
     """Step the block until its longest client is done, letting go of clients as they finish."""
-    run = torch.vmap(partial(each.step, shared), in_dims=(0, 0, None if draws is None else 0))
+    run = torch.vmap(partial(of.step, shared), in_dims=(0, 0, None if draws is None else 0))
     finished: list[Any] = []  # carries of clients that are done, the shortest first
     alive = len(plan.lengths)
     for s, still in enumerate(plan.alive):
@@ -293,7 +296,21 @@ def _loop(
 
 def _part(carry: Any, clients: slice) -> Any:
     """The carry of some of the clients."""
-    return pytree.tree_map_only(Tensor, lambda t: t[clients], carry)
+    return each(lambda t: t[clients], carry)
+
+
+def each(f: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``f`` of each tensor in it. For usual structures a tenth of what pytree's general way takes."""
+    if isinstance(value, Tensor):
+        return f(value)
+    kind = type(value)
+    if kind is dict:
+        return {name: each(f, x) for name, x in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(each(f, x) for x in value))
+    if kind in (tuple, list):
+        return kind(each(f, x) for x in value)
+    return pytree.tree_map_only(Tensor, f, value)
 
 
 def stack(values: Sequence[Any]) -> Any:

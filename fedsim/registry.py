@@ -47,10 +47,11 @@ def load(group: str, name: str) -> Any:
             raise ConfigError(f"{of} not found{did_you_mean(name, list(known))} (installed: {', '.join(known)})")
     except ConfigError:
         raise
-    except Exception as e:
-        raise ConfigError(f"plugin {of} cannot be loaded: {type(e).__name__}: {e}") from e
-    if group == "strategies" and isinstance(plugin, type):
-        # A class can only be a strategy of Flower's; the adapter that runs it lives at the edge.
+    except (Exception, SystemExit) as e:  # a module that ends the program would end ours
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"plugin {of} cannot be loaded: {type(e).__name__}: {reason}") from e
+    if group == "strategies" and isinstance(plugin, type) and not hasattr(plugin, "Config"):
+        # A class that is no plugin can only be a strategy of Flower's; the adapter that runs it lives at the edge.
         return importlib.import_module("strategies.flower").plugin(name, plugin)
     if group == "tasks" and callable(plugin) and not hasattr(plugin, "Config"):
         return importlib.import_module("fedsim.tasks").plugin(name, plugin)  # a function that returns an nn.Module

@@ -235,7 +235,6 @@ def _rounds(
     for number in range(done + 1, last + 1):
         try:
             finished = next(steps)
-            check_model(session, state, finished)
             line = measure(session, finished, due(number))
         except FedsimError:
             raise
@@ -262,21 +261,6 @@ def _rounds(
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
         show(line)
     return state
-
-
-def check_model(session: Session, before: Any, finished: Round[Any]) -> None:
-    """Refuse a model that a round has broken. Raises ``FedsimError``; the round is then neither recorded nor saved."""
-    name, number = session.experiment.strategy.name, finished.number
-    old, new = session.driver.params(before), session.driver.params(finished.state)
-    shapes = [{n: (tuple(x.shape), x.dtype) for n, x in params.items()} for params in (old, new)]
-    if shapes[0] != shapes[1]:
-        changed = sorted(n for n in old.keys() | new.keys() if shapes[0].get(n) != shapes[1].get(n))
-        raise FedsimError(f"strategy '{name}' changed the shape or type of {', '.join(changed)} in round {number}")
-    if not tree.finite(new):
-        bad = next(n for n, x in new.items() if not x.isfinite().all())
-        raise FedsimError(
-            f"strategy '{name}' made a model with NaN or Inf in round {number} ({bad}); try a smaller learning rate"
-        )
 
 
 def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str, Any]:

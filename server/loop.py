@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from fedsim import tree
 from fedsim.block import Work
+from fedsim.errors import FedsimError
 from fedsim.grids.inline import Executor
 from fedsim.rng import Key
 from fedsim.types import Local, Strategy, Tree
@@ -58,12 +60,29 @@ class Driver(Protocol[S]):
 
 
 def rounds(driver: Driver[S], state: S, first: int, last: int, evaluate: Callable[[int], bool]) -> Iterator[Round[S]]:
-    """Train and evaluate rounds ``first … last``, from ``state``. The caller records, saves, and may stop."""
+    """Train and evaluate rounds ``first … last``, from ``state``. The caller records, saves, and may stop.
+
+    Raises ``FedsimError`` for a round that breaks the model, before any client is asked to evaluate it.
+    """
     for number in range(first, last + 1):
-        began = time.perf_counter()
+        began, before = time.perf_counter(), state
         state, trained = driver.train(state, number)
+        sound(driver.params(before), driver.params(state), number)
         scores = driver.evaluate(state, number) if evaluate(number) else None
         yield Round(number, state, trained, scores, time.perf_counter() - began)
+
+
+def sound(before: Tree, after: Tree, round: int) -> None:
+    """Refuse a model that is none: raises ``FedsimError`` for other shapes or types, and for NaN or Inf."""
+    shapes = [{name: (x.shape, x.dtype) for name, x in params.items()} for params in (before, after)]
+    if shapes[0] != shapes[1]:
+        changed = sorted(n for n in before.keys() | after.keys() if shapes[0].get(n) != shapes[1].get(n))
+        raise FedsimError(f"the strategy changed the shape or type of {', '.join(changed)} in round {round}")
+    if not tree.finite(after):
+        bad = next(name for name, x in after.items() if not x.isfinite().all())
+        raise FedsimError(
+            f"the strategy made a model with NaN or Inf in round {round} ({bad}); try a smaller learning rate"
+        )
 
 
 class Panel(NamedTuple):

@@ -116,13 +116,12 @@ changes_shared = with_final(_changes_shared)
 # Randomness
 
 
-def _global_torch(shared: Payload, carry: Carry) -> Done:
-    done = send_delta(shared, carry)
-    noise = {name: x + 1e-3 * torch.randn(x.shape, dtype=x.dtype) for name, x in done.value["delta"].items()}
-    return done._replace(value={"delta": noise})
+def _global_torch(state: State, mean: Mean) -> State:
+    noise = tree.map(lambda x: 1e-3 * torch.randn(x.shape, dtype=x.dtype), state.w)
+    return State(tree.add(tree.add(state.w, mean.value["delta"]), noise))
 
 
-global_torch = altered(lambda s, task: with_local(final=_global_torch, unbatchable="noise")(s, task))
+global_torch = altered(with_phase(finish=_global_torch))
 
 
 def _global_python(state: State, mean: Mean) -> State:
