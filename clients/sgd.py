@@ -196,20 +196,13 @@ def _fused(
         extra: Tree = {}
         if correction or config.weight_decay:
             extra = torch.vmap(partial(beside, shared))(c.memory, c.params, c.rate)
-        values = descend(c.params, batch, c.rate)
+        c.loss.add_(descend(c.params, batch, c.rate))
         for name, x in extra.items():
             c.params[name].add_(x)
-        if batch.weight is None:
-            n = batch.y.shape[1]
-            c.loss.add_(values, alpha=n)
-            c.examples.add_(n)
-        else:
-            counts = batch.weight.sum(1)
-            c.loss.addcmul_(values, counts)
-            c.examples.add_(counts)
+        c.examples.add_(batch.y.shape[1] if batch.weight is None else batch.weight.sum(1))
         c.step.add_(1)
 
-    return Fused(step, mine, fused)
+    return Fused(step, mine, fused, task.loss.clients(config.batch_size))  # type: ignore[attr-defined]
 
 
 def _draw(private: Private, shared: Payload, generator: torch.Generator) -> Any:

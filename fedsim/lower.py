@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from fedsim.types import Batch, Tree
 
 CHANNELS_LAST = torch.channels_last
+CACHE = 5 << 20  # bytes that the widest activations of a block may take: measured, see docs/benchmarks.md
+MOST = 16  # clients at once, where activations are small
 _aten = torch.ops.aten
 
 
@@ -190,18 +192,22 @@ class Flat(NamedTuple):
 class Chain:
     """Cross-entropy of a chain of layers, for K clients at once. All results of a client depend on its slices alone."""
 
-    def __init__(self, layers: Sequence[Layer], kernels: frozenset[str]) -> None:
-        self._layers, self._kernels = layers, kernels
-        self.convolutional = bool(kernels)
+    def __init__(self, layers: Sequence[Layer], kernels: frozenset[str], widest: int) -> None:
+        """``widest``: the numbers of an example's largest activation."""
+        self._layers, self._kernels, self._widest = layers, kernels, widest
 
     def block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Values [K] and gradients [K, …]; nothing is changed (``fedsim.autodiff.Block``)."""
         step = Collect()
-        values = self._run(params, batch, step, None)
-        return values, {name: step.grads[name] for name in params}
+        sums = self._run(params, batch, step, None)
+        n = batch.y.shape[1] if batch.weight is None else batch.weight.sum(1).clamp_min(torch.finfo(sums.dtype).tiny)
+        return sums / n, {name: step.grads[name] for name in params}
 
     def descend(self, params: Tree, batch: Batch, rate: Tensor) -> Tensor:
-        """A step of SGD with rates [K] on parameters [K, …] of ``own``, in place; the values [K] before it."""
+        """A step of SGD with rates [K] on parameters [K, …] of ``own``, in place.
+
+        Gives the clients' sums of weighted losses [K] before it.
+        """
         return self._run(params, batch, Descend(), rate)
 
     def own(self, params: Tree) -> Tree:
@@ -213,17 +219,22 @@ class Chain:
             for name, p in params.items()
         }
 
+    def clients(self, batch_size: int) -> int:
+        """How many clients to run at once on a CPU, a power of two: more fall out of the cache, fewer waste calls."""
+        examples = max(1, CACHE // (4 * self._widest) // batch_size)
+        return int(min(MOST, max(2, 1 << (examples.bit_length() - 1))))
+
     def _run(self, params: Tree, batch: Batch, step: Step, rate: Tensor | None) -> Tensor:
         with torch.no_grad():
             clients, h, kept = len(batch.x), batch.x, []
             for layer in self._layers:
                 h, keep = layer.forward(params, h, clients)
                 kept.append(keep)
-            values, delta = _cross_entropy(h, batch, rate)
+            sums, delta = _cross_entropy(h, batch, rate)
             for i in range(len(self._layers) - 1, -1, -1):
                 delta = self._layers[i].backward(params, kept[i], delta, clients, step, _first(self._layers, i))
                 kept[i] = None
-        return values
+        return sums
 
 
 class Lowered:
@@ -231,7 +242,7 @@ class Lowered:
 
     def __init__(self, loss: Callable[[Tree, Batch], Tensor], chain: Chain) -> None:
         self._loss, self.chain = loss, chain
-        self.block, self.descend, self.own = chain.block, chain.descend, chain.own
+        self.block, self.descend, self.own, self.clients = chain.block, chain.descend, chain.own, chain.clients
 
     def __call__(self, params: Tree, batch: Batch) -> Tensor:
         """The weighted mean over a batch of one client, shape ()."""
@@ -252,20 +263,21 @@ def _kernels(w: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, batch: Batch, rate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weighted means over each client's examples, [K], and ``rate`` times their gradient by logits [K, B, C]."""
-    y = batch.y.unsqueeze(-1)
-    log_p = torch.log_softmax(logits, -1)
-    each = log_p.gather(-1, y).squeeze(-1)
-    delta = log_p.exp_()
-    delta.scatter_add_(-1, y, delta.new_full((), -1.0).expand(y.shape))
+    """The sums of weighted losses, [K], and the gradient of their means by the logits [K, B, C], times ``rate``."""
+    classes, (clients, size) = logits.shape[-1], batch.y.shape
+    log_p = torch.log_softmax(logits.view(-1, classes), 1)
+    y = batch.y.reshape(-1)
+    each = _aten.nll_loss_forward(log_p, y, None, 0, -100)[0].view(clients, size)
     if batch.weight is None:
-        n = each.shape[1]
-        values = each.mean(1).neg_()
-        return values, delta.div_(n) if rate is None else delta.mul_((rate / n).view(-1, 1, 1))
-    weight = batch.weight.to(each.dtype)
-    share = weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(each.dtype).tiny)
-    values = (each * share).sum(1).neg_()
-    return values, delta.mul_((share if rate is None else share * rate.unsqueeze(1)).unsqueeze(-1))
+        share = (logits.new_ones(clients) if rate is None else rate).div(size).unsqueeze(1).expand(clients, size)
+    else:
+        weight = batch.weight.to(each.dtype)
+        each = each * weight
+        scale = weight.sum(1, keepdim=True).clamp_min(torch.finfo(each.dtype).tiny)
+        share = weight / scale if rate is None else weight * (rate.unsqueeze(1) / scale)
+    back = _aten.nll_loss_backward(share.reshape(-1), log_p, y, None, 0, -100, log_p.new_zeros(()))
+    delta = _aten._log_softmax_backward_data(back, log_p, 1, log_p.dtype)
+    return each.sum(1), delta.view(logits.shape)
 
 
 def lower(module: nn.Module, example: tuple[Tensor, Tensor]) -> Chain | None:
@@ -282,10 +294,11 @@ def lower(module: nn.Module, example: tuple[Tensor, Tensor]) -> Chain | None:
     parts = [f"{name}.{which}" for name, layer in found for which in dict(layer.named_parameters(recurse=False))]
     if sorted(trainable) != sorted(parts) or len(trainable) != len(list(module.parameters())):
         return None
-    layers, shape = _translate(found, tuple(x.shape[1:]))
-    if layers is None or len(shape) != 1 or not isinstance(layers[-1], Linear):
+    layers, shapes = _translate(found, tuple(x.shape[1:]))
+    if not layers or len(shapes[-1]) != 1 or not isinstance(layers[-1], Linear):
         return None
-    return Chain(layers, frozenset(layer.weight for layer in layers if isinstance(layer, Conv)))
+    widest = max(torch.Size(shape).numel() for shape in shapes)
+    return Chain(layers, frozenset(layer.weight for layer in layers if isinstance(layer, Conv)), widest)
 
 
 def _flatten(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]] | None:
@@ -310,9 +323,10 @@ def _flatten(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]
 
 def _translate(
     found: list[tuple[str, nn.Module]], shape: tuple[int, ...]
-) -> tuple[list[Layer] | None, tuple[int, ...]]:
-    """Layers of ours, and the shape of an example at the end. ``image``: whether activations are [B, K·C, H, W]."""
+) -> tuple[list[Layer] | None, list[tuple[int, ...]]]:
+    """Layers of ours, and the shapes of an example on its way. ``image``: whether activations are [B, K·C, H, W]."""
     layers: list[Layer] = []
+    shapes = [shape]
     image = False
     for name, part in found:
         kind = type(part)
@@ -332,21 +346,24 @@ def _translate(
         elif kind in (nn.Conv2d, nn.MaxPool2d) and len(shape) == 3:
             layer = _conv(name, part) if isinstance(part, nn.Conv2d) else _pool(part)
             if layer is None:
-                return None, shape
+                return None, shapes
             if not image:
                 layers.append(ToImage(shape))
                 image = True
             layers.append(layer)
             shape = _shape_after(part, shape)
         else:
-            return None, shape
-    return layers, shape
+            return None, shapes
+        shapes.append(shape)
+    return layers, shapes
 
 
 def _shape_after(part: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of an example after a layer, found without touching memory."""
-    with torch.no_grad(), torch.device("meta"):
-        return tuple(copy.deepcopy(part).to("meta")(torch.empty(1, *shape)).shape[1:])
+    dtype = next((p.dtype for p in part.parameters()), torch.float32)
+    with torch.no_grad():
+        x = torch.empty(1, *shape, dtype=dtype, device="meta")
+        return tuple(copy.deepcopy(part).to("meta")(x).shape[1:])
 
 
 def _pair(value: Any) -> list[int]:

@@ -111,11 +111,13 @@ class Fused(NamedTuple):
           replaces or wraps a step is never bypassed
     own:  (carry [K, …]) -> the same in memory that steps may change, laid out as they like it
     step: (shared, carry [K, …], batch [K, B, …]) changes the carry; a weight of None means that all examples count
+    most: so many clients at once are best on a CPU, a power of two
     """
 
     of: Callable[[Payload, Any, Batch, Any], Any]
     own: Callable[[Any], Any]
     step: Callable[[Payload, Any, Batch], None]
+    most: int
 
 
 class Local(NamedTuple):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from flwr.app import Context, Message
 
 from fedsim import tree, worker
@@ -51,26 +52,36 @@ def canonical(cohort: Sequence[int], federation: Federation, split: str = "train
     return sorted(set(cohort), key=lambda client: (-len(federation.indices(client, split)), client))
 
 
-def use_blocks(engine: EngineConfig, data: Split, local: Local) -> bool:
-    """Whether clients run as stacked tensors; says once what was chosen and why.
+class Way(NamedTuple):
+    """How the clients of a phase run: in blocks of ``size``, as stacked tensors or one by one."""
+
+    size: int
+    stacked: bool
+
+
+def way(engine: EngineConfig, data: Split, local: Local) -> Way:
+    """How clients run; says once what was chosen and why. It depends on the config alone, never on the workers.
 
     In auto, a GPU always takes blocks. A CPU takes them where every step is written out for a block (fedsim/lower.py),
-    which is measured to win (docs/benchmarks.md); elsewhere stacked tensors lose to the plain step there.
+    of as many clients as stay in its cache: that is measured to win (docs/benchmarks.md), while other stacked tensors
+    lose to the plain step there.
     """
-    device = data.x.device.type
+    device, one_by_one = data.x.device.type, Way(engine.block, False)
     if engine.execution == "plain":
-        return False
+        return one_by_one
     if local.unbatchable is not None:
         say_once(f"clients run one by one: {local.unbatchable}")
-        return False
-    if engine.execution == "auto" and device == "cpu":
-        if not (local.passes and all(lowered(each) for each in local.passes)):
-            say_once("clients run one by one: on a CPU the plain step is faster than stacked tensors")
-            return False
-        say_once(f"clients run in blocks of {engine.block} on {device}: their steps are written out for a block")
-        return True
-    say_once(f"clients run in blocks of {engine.block} on {device}")
-    return True
+        return one_by_one
+    if device != "cpu" or engine.execution == "batched":
+        say_once(f"clients run in blocks of {engine.block} on {device}")
+        return Way(engine.block, True)
+    fused = [lowered(each) for each in local.passes]
+    if not fused or None in fused or data.x.dtype == torch.float64:
+        say_once("clients run one by one: on a CPU the plain step is faster than stacked tensors")
+        return one_by_one
+    size = min(engine.block, *(f.most for f in fused if f))
+    say_once(f"clients run in blocks of {size} on {device}: their steps are written out for a block")
+    return Way(size, True)
 
 
 class InlineGrid(MessageGrid):
@@ -92,14 +103,13 @@ class InlineGrid(MessageGrid):
     def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
         schedule = work.local.passes[0].schedule if work.local.passes else None
         clients = canonical(cohort, self._federation, schedule.split if schedule else "train")
-        size, n = self._engine.block, len(clients)
-        blocks = use_blocks(self._engine, self._federation.dataset.train, work.local)
+        (size, stacked), n = way(self._engine, self._federation.dataset.train, work.local), len(clients)
         fold: Fold[Any] = Fold(n, reduce.merge)
         done: list[worker.Partial] = []
         with self.memory.together() as remember:  # a round that fails leaves no client with a memory of it
             for start in self._order(list(range(0, n, size))):
                 guests = [Guest(c, self.memory.get(c)) for c in clients[start : start + size]]
-                part = worker.run(work, self._federation, guests, start, n, reduce, blocks)
+                part = worker.run(work, self._federation, guests, start, n, reduce, stacked)
                 check(part.failures, self._engine, work)
                 for node in part.nodes:
                     fold.add(node)
