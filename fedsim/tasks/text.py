@@ -1,0 +1,151 @@
+"""Any pre-trained transformer of the Hugging Face format, from a folder on this disk.
+
+    [task]
+    model = "text"
+    path = "minilm"            # fetched by `fedsim data get minilm`; or a folder with config.json and weights
+
+With one label a text: the model's hidden states, the mean over the tokens (``pooling``), and a linear head that starts
+at random, ``logits = head.weight · mean + head.bias``. With a label a token (the next one): a causal language model with
+its own head. ``x`` int64 (N, T) are tokens of that model, padded with its padding token; the mask follows from them.
+
+``init`` gives the pre-trained weights, and the head from its generator. All of it is trained, ``trainable = "head"``
+makes the rest a constant; adapters (`ffa_lora` and its family) are put on it by the strategy. Parameters are named as
+the model names them, behind ``encoder.`` or ``decoder.``, and ``head.weight``, ``head.bias``. Dropout is off, so that
+clients can run in blocks and a step is a function of its batch. Needs the extra [text]; nothing is downloaded, and no
+code out of a model's folder is run.
+"""
+
+import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.config import TaskConfig
+from fedsim.data import pretrained
+from fedsim.data.dataset import Dataset
+from fedsim.errors import ConfigError, DataError
+from fedsim.tasks.module import from_dataset
+from fedsim.types import Task
+
+
+class Config(TaskConfig):
+    model: Literal["text"] = "text"
+    path: str = "minilm"
+    pooling: Literal["mean", "first", "last"] = "mean"
+    trainable: Literal["all", "head"] = "all"
+    attention: Literal["eager", "sdpa"] = "eager"  # as fast on a CPU, and clients can run in blocks
+
+
+class Classifier(nn.Module):
+    """An encoder, its states pooled over the tokens of a text, and a linear head."""
+
+    def __init__(self, encoder: Any, width: int, classes: int, pooling: str, pad: int, path: str) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, classes)
+        self.pooling, self.pad = pooling, pad
+        self.backbone = ("encoder", path)  # where an adapter's names begin (fedsim.tasks.adapters.files)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x != self.pad
+        states = self.encoder(input_ids=x, attention_mask=_additive(mask, self.head.weight.dtype)).last_hidden_state
+        logits: Tensor = self.head(pooled(states, mask, self.pooling))
+        return logits
+
+
+class Generator(nn.Module):
+    """A causal language model: logits for the token after each."""
+
+    def __init__(self, decoder: Any, path: str) -> None:
+        super().__init__()
+        self.decoder, self.backbone = decoder, ("decoder", path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.decoder(input_ids=x, use_cache=False).logits
+        return logits
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, T) -> (N, 1, T, T), 0 or very low. A mask that is ready is taken as it is; one that is not, is looked into by
+    the model, and that cannot be done for a block of clients."""
+    low = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return low[:, None, None, :].expand(-1, 1, mask.shape[-1], -1)
+
+
+def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """(N, T, width) -> (N, width): the mean over tokens that are not padding, the first, or the last of them."""
+    if pooling == "first":
+        return states[:, 0]
+    weight = mask.to(states.dtype)
+    if pooling == "last":  # the position that has as many tokens to its left as there are
+        weight = weight * (weight.cumsum(1) == weight.sum(1, keepdim=True))
+    return (states * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp_min(1)
+
+
+def transformers() -> Any:
+    """The package. Raises ``ConfigError`` where the extra is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("task.model: 'text' needs the extra [text]: pip install 'fedsim-engine[text]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, causal: bool, attention: str) -> Any:
+    """The model in a folder, read once in a process; never used itself, only copied."""
+    hf = transformers()
+    try:
+        config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
+        for name, value in vars(config).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(config, name, 0.0)
+        kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
+        model = kind.from_pretrained(
+            path, config=config, local_files_only=True, attn_implementation=attention, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise ConfigError(f"task.path: {path} cannot be opened: {str(e).splitlines()[0]}") from None
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # its output is not used, and it would be averaged for nothing
+    return model.train()
+
+
+def build(config: Config, dataset: Dataset, population: int) -> Task:
+    """Raises ``ConfigError``: data that are no tokens, more tokens than the model knows, or no model there."""
+    x, y = dataset.train.x, dataset.train.y
+    if x.ndim != 2 or x.is_floating_point():
+        raise ConfigError(f"task.model: 'text' needs tokens (N, T), and {dataset.name} has {x.dtype} {tuple(x.shape)}")
+    try:
+        path = pretrained.folder(config.path, "task.path")
+    except DataError as e:
+        raise ConfigError(*e.args) from None
+    causal = y.ndim == 2
+    model = _read(path, causal, config.attention)
+    known, longest = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None) or x.shape[1]
+    if int(x.max()) >= known:
+        raise ConfigError(f"task.path: this model knows {known} tokens, and {dataset.name} has token {int(x.max())}")
+    if x.shape[1] > longest:
+        raise ConfigError(f"data.length: this model reads at most {longest} tokens (got {x.shape[1]})")
+    if causal and dataset.classes != known:
+        raise ConfigError(f"task.path: this model has {known} tokens, and {dataset.name} has {dataset.classes} labels")
+
+    def make() -> nn.Module:
+        own = copy.deepcopy(model)
+        if causal:
+            return Generator(own, str(path))
+        whole = Classifier(
+            own, own.config.hidden_size, dataset.classes, config.pooling, pretrained.pad(path), str(path)
+        )
+        if config.trainable == "head":
+            whole.encoder.requires_grad_(False)
+        return whole
+
+    return from_dataset(make, config, dataset, population)
