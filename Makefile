@@ -18,7 +18,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.all: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[ray,privacy,test,dev]'
+	$(INSTALL) -e '.[ray,privacy,text,test,dev]'
 	@touch $@ $(VENV)/.core
 
 install: $(VENV)/.core  ## install fedsim into .venv
