@@ -168,6 +168,21 @@ class _Wrapped:
             expected_batch_size=None,
             loss_reduction="sum",
         )
+        self.checked = False
+
+    def check(self, batch: Batch) -> None:
+        """Once, on the first batch of two: what an example's logits are must not depend on the others in its batch."""
+        if self.checked or len(batch.y) < 2:
+            return
+        module = self.module.eval()
+        with torch.no_grad():
+            alone, together = module(batch.x[:1]), module(batch.x)[:1]
+        module.train()
+        if not torch.allclose(alone, together, rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                "privacy.grad_sample: the model mixes the examples of a batch; they have no gradients alone"
+            )
+        self.checked = True
 
 
 _wrapped = threading.local()
@@ -180,12 +195,17 @@ def opacus_module(task: Task) -> nn.Module:
 
     assert task.module is not None
     with seeded(Key.root(0).at("template").torch()):
-        module: nn.Module = ModuleValidator.fix(task.module())
-    problems = [*ModuleValidator.validate(module), *GradSampleModule.validate(module)]
+        module: nn.Module = task.module()
+        try:
+            if ModuleValidator.validate(module):
+                module = ModuleValidator.fix(module)
+            problems = [*ModuleValidator.validate(module), *GradSampleModule.validate(module)]
+        except Exception as e:  # what Opacus makes of a stranger's module is not foreseeable
+            problems = [e]
     if problems:
-        kinds = {type(m).__name__: name for name, m in module.named_modules()}
         first = str(problems[0]).partition("\n")[0][:200]
-        layer = next((f"layer '{name}' ({kind})" for kind, name in kinds.items() if kind in first), "a layer")
+        named = [f"layer '{name}' ({type(part).__name__})" for name, part in module.named_modules() if name]
+        layer = next((text for text in named if text.partition("(")[2][:-1] in first), "the model")
         raise ConfigError(f"privacy.grad_sample: {layer} has no gradients of single examples in Opacus: {first}")
     return module.train()
 
@@ -204,6 +224,7 @@ def opacus_sum(task: Task, params: Tree, batch: Batch, clip: float, sigma: float
     optimizer = wrapped.optimizer
     optimizer.noise_multiplier, optimizer.max_grad_norm, optimizer.generator = sigma, clip, generator
     optimizer.zero_grad(set_to_none=True)
+    wrapped.check(batch)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # hooks fire though no input requires a gradient: that is what we want
         if n := len(batch.y):
