@@ -101,6 +101,47 @@ def _draw_partition(experiment: Any, folder: Path) -> None:
     files.write(folder / "partition.svg", show.draw(data.federation(experiment.data, experiment.seed), None).encode())
 
 
+@app.command("run-app")
+def run_app(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a Flower app: a folder with [tool.flwr.app]")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="of the app's run config"),
+    ] = None,
+    supernodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="nodes; default: what the app's pyproject says, else 2 as in Flower"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the global generators that an app may use")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="also in Flower's own simulation: metrics, times")] = False,
+) -> None:
+    """Run a Flower app on this engine, unmodified."""
+    from fedsim import run_app as flower_app
+
+    described = flower_app.load(folder, overrides or [], supernodes)
+    ours = flower_app.run(described, seed)
+    flower_app.report(ours, flower_app.run_flower(described) if compare else None)
+    if ours.failures:
+        raise FedsimError(f"{len(ours.failures)} of {ours.messages} messages failed")
+
+
+@app.command()
+def attack(
+    file: File,
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder for attack.json and attack.png")] = None,  # noqa: UP045
+) -> None:
+    """Reconstruct clients' pictures from what they send in round 1, and say how well that went."""
+    from fedsim import attack as attacks
+    from fedsim import config
+
+    experiment = config.parse(config.override(config.read(file), overrides or []))
+    folder = out or Path("runs") / f"{experiment.name}-attack-{time.strftime('%Y%m%d-%H%M%S')}"
+    for name, value in attacks.run(experiment, folder).items():
+        print(f"{name.removeprefix('attack_'):<18} {value:.4g}")
+    print(f"pictures: {folder / attacks.PICTURE}")
+
+
 @app.command("list")
 def list_(
     group: Annotated[Optional[str], typer.Argument(help="strategies, tasks, datasets or partitioners")] = None,  # noqa: UP045

@@ -6,6 +6,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,60 @@ class MessageGrid(Grid):
 def error_reply(message: Message, reason: str) -> Message:
     """Tell the server that a client failed."""
     return Message(Error(code=2, reason=reason), reply_to=message)
+
+
+def own_content(message: Message) -> Message:
+    """The message with records that no other message shares; arrays cannot be changed, so they stay shared."""
+    copies = RecordDict({name: type(record)(dict(record)) for name, record in message.content.items()})  # type: ignore[arg-type]
+    message.content = copies
+    return message
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An app's ``[tool.flwr.app.config]`` as its run config: nested keys joined by dots."""
+    from flwr.common.config import flatten_dict
+
+    return dict(flatten_dict(dict(config)))
+
+
+def simulate(
+    folder: Path, server: str, client: str, run_config: Mapping[str, Any], overrides: Mapping[str, Any], nodes: int
+) -> tuple[int, list[str]]:
+    """Run an app in Flower's own simulation, one CPU a client: the number of messages, and the errors in replies."""
+    from flwr.simulation.run_simulation import _run_simulation
+    from flwr.supercore.telemetry import EventType
+    from flwr.superlink.grid import InMemoryGrid
+
+    run = Run.create_empty(RUN_ID)
+    run.override_config, run.primary_task_id = dict(overrides), 1
+    run.federation_id = "@none/default"
+    identify()
+    failures: list[str] = []
+    sent = 0
+    push, pull = InMemoryGrid.push_messages, InMemoryGrid.pull_messages
+
+    def counted_push(self: InMemoryGrid, messages: Iterable[Message]) -> Iterable[str]:
+        nonlocal sent
+        ids = list(push(self, messages))
+        sent += len(ids)
+        return ids
+
+    def counted_pull(self: InMemoryGrid, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(pull(self, message_ids))
+        failures.extend(reply.error.reason or "no reason given" for reply in replies if reply.has_error())
+        return replies
+
+    InMemoryGrid.push_messages, InMemoryGrid.pull_messages = counted_push, counted_pull  # type: ignore[method-assign]
+    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), dict(run_config))
+    _run_simulation(
+        num_supernodes=nodes,
+        exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+        client_app_attr=client,
+        server_app_attr=server,
+        server_app_context=context,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        app_dir=str(folder),
+        is_app=True,
+        run=run,
+    )
+    return sent, failures

@@ -1,0 +1,1 @@
+"""FedAvg on handwritten digits; clients count their visits, and a mod counts their messages."""

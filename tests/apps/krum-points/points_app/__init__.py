@@ -1,0 +1,1 @@
+"""Krum on points in the plane, with a node that lies."""

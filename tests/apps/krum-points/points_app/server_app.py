@@ -1,0 +1,15 @@
+"""Krum: of all answers, the one nearest to the others."""
+
+import numpy as np
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Krum
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    settings = context.run_config
+    strategy = Krum(num_malicious_nodes=settings["attackers"], min_available_nodes=settings["num-nodes"])
+    strategy.start(grid, ArrayRecord([np.zeros(2)]), num_rounds=settings["num-server-rounds"])
