@@ -298,8 +298,9 @@ def _check_delta(config: PrivacyConfig, units: int, what: str) -> None:
 
 
 def _ask(private: Private) -> None:
-    """Ask the accountant about the end of the run now: it may not be able to answer."""
+    """Ask the accountant about the end of the run now: it may have no answer, or none that the budget allows."""
     private.epsilon(private.after(private.rounds))
+    Account(private, EMPTY).affordable(0, private.rounds)
 
 
 def _check_passes(strategy: Strategy[Any], federation: Federation) -> None:
