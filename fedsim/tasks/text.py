@@ -6,7 +6,8 @@
 
 With one label a text: the model's hidden states, the mean over the tokens (``pooling``), and a linear head that starts
 at random, ``logits = head.weight · mean + head.bias``. With a label a token (the next one): a causal language model
-with its own head. ``x`` int64 (N, T) are tokens of that model, padded with its padding token; the mask follows from them.
+with its own head. ``x`` int64 (N, T) are tokens of that model, padded with its padding token; the mask follows from
+them.
 
 ``init`` gives the pre-trained weights, and the head from its generator. All of it is trained, ``trainable = "head"``
 makes the rest a constant; adapters (`ffa_lora` and its family) are put on it by the strategy. Parameters are named as
