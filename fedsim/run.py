@@ -14,9 +14,8 @@ import tomli_w
 import torch
 from safetensors.torch import save
 
-from clients.app import client_app
+from clients.app import One, client_app, proximal
 from clients.evaluate import after_training, evaluation
-from clients.sgd import sgd
 from fedsim import checkpoint, config, data, files, privacy, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
@@ -92,9 +91,9 @@ def assemble(
         strategy = after_training(task, strategy)
     local = evaluation(task, strategy, experiment.evaluate.batch_size)
     panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
-    app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, key)
-    grid = InlineGrid(federation, experiment.engine, memory, app, order)
     streams, choose = (private.key, private.choose) if private else (key, None)
+    app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, streams)
+    grid = InlineGrid(federation, experiment.engine, memory, app, order)
     where, cohort = executor(experiment, federation, grid), experiment.strategy.cohort
     driver = Native(strategy, where, key, population, cohort, panel, streams, choose)
     return Session(experiment, federation, task, driver, memory, private)
@@ -121,13 +120,7 @@ def _foreign(
 ) -> foreign.Driver:
     """The driver of a Flower strategy. Its clients do local SGD; a "proximal-mu" in its messages is honoured."""
 
-    def pull(mu: float) -> Any:
-        return lambda shared, memory, w: tree.scale(mu, tree.sub(w, shared["params"]))
-
-    def local(settings: Mapping[str, Any]) -> Any:
-        mu = float(settings.get("proximal-mu", 0.0))
-        return sgd(task, strategy.config, pull(mu) if mu else None)
-
+    local = proximal(task, strategy.config)
     plain = local({})
     # The global model is evaluated as that of a strategy of ours with this local update would be.
     shape: Strategy[Any] = Strategy(lambda g: None, (_Phase(plain),), lambda s: {}, ())  # type: ignore[arg-type]
@@ -141,6 +134,16 @@ def _foreign(
 
 class _Phase(NamedTuple):
     local: Any
+
+
+def alone(experiment: Experiment) -> One:
+    """How a client is run that gets a message of its own: as a block of one would be."""
+
+    def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
+        batched = use_blocks(experiment.engine, federation.dataset.train, work.local)
+        return worker.alone(work, federation, guest, batched)
+
+    return one
 
 
 def device(name: str) -> torch.device:
