@@ -54,7 +54,8 @@ def nearest(history: History, u: Tensor, count: int) -> tuple[Tensor, Tensor, Te
 
 
 def squares(a: Tensor, b: Tensor) -> Tensor:
-    """‖a_i − b_j‖² for a (n, d) and b (m, d), shape (n, m)."""
+    """‖a_i − b_j‖² for a (n, d) and b (m, d), shape (n, m); exact to the last bits where points are close together."""
+    a, b = a - b[0], b - b[0]
     return ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
@@ -128,7 +129,8 @@ def slope(gp: Surrogate, u: Tensor, length: float) -> Tensor:
     y, scale = scaled(gp.y, gp.on)
     k = torch.exp(squares(gp.x, u[None])[:, 0] / (-2 * length**2)) * gp.on
     weight = torch.cholesky_solve(y[:, None], gp.factor)[:, 0] * k
-    return scale * (weight @ gp.x - weight.sum() * u) / length**2
+    gradient: Tensor = scale * (weight @ (gp.x - u)) / length**2
+    return gradient
 
 
 def mean(gp: Surrogate, u: Tensor, length: float) -> Tensor:
@@ -159,18 +161,25 @@ def doubt(gp: Surrogate, points: Tensor, length: float) -> Tensor:
 
 
 class Features(NamedTuple):
-    """``v`` (M, d) and ``b`` (M,), float32: everybody with the seed has the same ones, so they never travel."""
+    """``v`` (M, d) and ``b`` (M,): everybody with the seed has the same ones, so they never travel."""
 
     v: Tensor
     b: Tensor
 
 
+def features(seed: int, count: int, dimension: int, length: float, like: Tensor) -> Features:
+    """M = ``count`` features on R^d, in the dtype and on the device of ``like``."""
+    return _features(seed, count, dimension, length, like.dtype, like.device)
+
+
 @lru_cache(maxsize=2)
-def features(seed: int, count: int, dimension: int, length: float, device: torch.device) -> Features:
-    """M = ``count`` features on R^d."""
-    g = Key.root(seed).at("features").torch()
-    v = torch.randn(count, dimension, generator=g) / length
-    return Features(v.to(device), (torch.rand(count, generator=g) * (2 * math.pi)).to(device))
+def _features(
+    seed: int, count: int, dimension: int, length: float, dtype: torch.dtype, device: torch.device
+) -> Features:
+    g = Key.root(seed).at("features").wide()
+    v = torch.randn(count, dimension, generator=g, dtype=torch.float64) / length
+    b = torch.rand(count, generator=g, dtype=torch.float64) * (2 * math.pi)
+    return Features(v.to(device, dtype), b.to(device, dtype))
 
 
 def mapped(f: Features, x: Tensor) -> Tensor:
@@ -182,7 +191,7 @@ def mapped(f: Features, x: Tensor) -> Tensor:
 def weights(f: Features, x: Tensor, y: Tensor, on: Tensor, noise: float) -> Tensor:
     """w (M,), float64, of points x (n, d) with values y (n,), those with ``on`` = 1."""
     y, scale = scaled(y, on)
-    # The Gram matrix is as ill-conditioned as σ² is small: it is summed in float64, the cosines need not be.
+    # The Gram matrix is as ill-conditioned as σ² is small: it is summed in float64, whatever the cosines are.
     phi = mapped(f, x).double() * on[:, None]
     gram = phi @ phi.T + torch.diag(noise * on + (1 - on))
     return scale * (phi.T @ torch.cholesky_solve(y[:, None], torch.linalg.cholesky(gram))[:, 0])

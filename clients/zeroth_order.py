@@ -61,6 +61,14 @@ def pattern(task: Task) -> Tree:
     return task.init(Key.root(0).at("pattern").torch())
 
 
+def alone(task: Task, like: Tree) -> str | None:
+    """Why clients cannot run as a block, or None. Differences of close values show the order in which these were
+    summed; in float32 a block, which sums in another order, would give other numbers."""
+    if any(p.dtype != torch.float64 for p in like.values()):
+        return task.unbatchable or "in float32, differences of values depend on the order of their sums"
+    return task.unbatchable
+
+
 def within(task: Task) -> Callable[[Tensor], Tensor]:
     """The projection onto the task's domain: [0, 1]^d for an objective (it has no classes), R^d for a model."""
     if task.classes == 0:
@@ -169,9 +177,8 @@ def by_differences(
     def done(shared: Payload, c: Carry) -> Done:
         return report(config, like, c.walk, config.steps * (config.directions + 1))
 
-    return Local(
-        init, (Pass(step, Schedule(ALL, steps=config.steps)),), final or done, remember, draw, task.unbatchable
-    )
+    passes = (Pass(step, Schedule(ALL, steps=config.steps)),)
+    return Local(init, passes, final or done, remember, draw, alone(task, like))
 
 
 def report(config: QueryConfig, like: Tree, walk: Walk, queries: int, memory: Payload | None = None) -> Done:
@@ -184,7 +191,8 @@ def report(config: QueryConfig, like: Tree, walk: Walk, queries: int, memory: Pa
 
 def one_query(task: Task) -> Local:
     """A single query, at the broadcast ``params``: what the server judges a new point by. No memory changes."""
-    query = querying(task, pattern(task))
+    like = pattern(task)
+    query = querying(task, like)
 
     def init(shared: Payload, memory: Payload, visit: Visit) -> Tensor:
         return flat(shared["params"]).new_zeros(())
@@ -195,4 +203,4 @@ def one_query(task: Task) -> Local:
     def final(shared: Payload, value: Tensor) -> Done:
         return Done({"value": {"value": value}}, {}, {"queries": torch.ones_like(value)})
 
-    return Local(init, (Pass(step, Schedule(ALL, steps=1)),), final, None, None, task.unbatchable)
+    return Local(init, (Pass(step, Schedule(ALL, steps=1)),), final, None, None, alone(task, like))

@@ -71,12 +71,17 @@ def walk(
 
 
 def strategy(
-    config: QueryConfig, task: Task, phases: tuple[Phase[State], ...], sends: tuple[frozenset[str], ...]
+    config: QueryConfig,
+    task: Task,
+    phases: tuple[Phase[State], ...],
+    sends: tuple[frozenset[str], ...],
+    common: Callable[[Tree], Payload] = lambda x: {},
 ) -> Strategy[State]:
     """A strategy of these exchanges, the last of which moves x, and of the server's judgement where it judges."""
 
     def init(generator: torch.Generator) -> State:
-        return State(task.init(generator), 0, {}, 0.0, {})
+        x = task.init(generator)
+        return State(x, 0, {}, 0.0, common(x))
 
     def judge(state: State, mean: Mean) -> State:
         better = float(mean.value["value"]["value"]) < state.start

@@ -8,10 +8,10 @@
     server              x ← mean_i u_i
 
 The surrogate μ_i, its doubt, and the features φ are in ``clients.surrogate``. All queries go into a bounded history
-that never leaves the client; a fit uses the nearest of them. Per round and client: T + (T − 1)·active + 1 + survey queries,
-d + M numbers each way. The paper counts the exchange of weights to the round before; here it comes first, at the same
-point x and with the same queries. So the correction is on from round 1, no weights are stale where cohorts change, and
-the first survey takes the place of the authors' ten initial queries.
+that never leaves the client; a fit uses the nearest of them. Per round and client: T + (T − 1)·active + 1 + survey
+queries, and d + M numbers each way. The paper counts the exchange of weights to the round before; here it comes first,
+at the same point x and with the same queries. So the correction is on from round 1, no weights are stale where cohorts
+change, and the first survey takes the place of the authors' ten initial queries.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -87,7 +87,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
         raise ConfigError(f"strategy.features: {m} features in {d} dimensions need more than 2 GiB")
 
     def phi(x: Tensor) -> surrogate.Features:
-        return features(config.feature_seed, m, d, config.length, x.device)
+        return features(config.feature_seed, m, d, config.length, x)
 
     def chosen(gp: Surrogate, candidates: Tensor, count: int) -> Tensor:
         if config.choose == "random":
@@ -157,7 +157,8 @@ def build(config: Config, task: Task) -> Strategy[State]:
     def mean_weights(state: State, mean: Mean) -> State:
         return counted(state, mean)._replace(common={"surrogate": mean.value["surrogate"]})
 
-    why = task.unbatchable
+    # (K + σ²I)⁻¹ makes a seventh digit of a last bit, and stacked products differ from single ones in the last bit.
+    why = task.unbatchable or "fits of surrogates amplify the rounding in which stacked tensors differ"
     looking = Local(
         look, (Pass(survey, Schedule(ALL, steps=1)),), surveyed, remember, box(config.survey_candidates), why
     )
@@ -166,4 +167,5 @@ def build(config: Config, task: Task) -> Strategy[State]:
     reduce = weighted_mean(config.weighting)
     exchange = Phase(lambda state: {"params": state.x}, looking, reduce, mean_weights)
     iterate = walk(config, walking, lambda state: {"surrogate": state.common["surrogate"]})
-    return strategy(config, task, (exchange, iterate), (frozenset({"surrogate"}), frozenset({"params"})))
+    sends = (frozenset({"surrogate"}), frozenset({"params"}))
+    return strategy(config, task, (exchange, iterate), sends, lambda x: {"surrogate": {"w": flat(x).new_zeros(m)}})

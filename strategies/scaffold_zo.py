@@ -1,7 +1,7 @@
 """SCAFFOLD (Karimireddy et al. 2020, arXiv:1910.06378) on FedZO's estimates, types I and II of arXiv:2308.04077.
 
     each step has     g ← Δ_i(u) + c − c_i
-    type I            c_i = Δ_i(x) at the point where the round begins, c = mean_i c_i: one more exchange, Q + 1 more queries
+    type I            c_i = Δ_i(x) at the point where the round begins, c = mean_i c_i: an exchange, Q + 1 queries more
     type II           c_i = 1/T Σ_τ Δ_i(u_τ) along the client's last visit; clients send how it changed, δ_i,
                       c ← c + |S|/N mean_i δ_i
 
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from clients.zeroth_order import Carry, by_differences, flat, pattern, report, shaped
-from fedsim import Done, Mean, Payload, Phase, Strategy, Task, tree
+from fedsim import Done, Mean, Payload, Phase, Strategy, Task, Tree, tree
 from server.reduce import weighted_mean
 from strategies import fedzo
 from strategies.fedzo import State, counted, estimable, strategy, walk
@@ -33,8 +33,11 @@ def build(config: Config, task: Task) -> Strategy[State]:
     estimable(config, task)
     like, queries = pattern(task), config.directions + 1
 
+    def zero(x: Tree) -> Payload:
+        return {"control": tree.zeros(x)}
+
     def remember(shared: Payload, generator: torch.Generator) -> Payload:
-        return {"control": tree.zeros(shared["params"])}
+        return zero(shared["params"])
 
     def correction(shared: Payload, memory: Payload, u: Tensor) -> Tensor:
         return flat(shared["control"]) - flat(memory["control"])
@@ -55,7 +58,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
         once = by_differences(task, config.model_copy(update={"steps": 1}), None, estimate, remember)
         ask = Phase(lambda state: {"params": state.x}, once, weighted_mean(config.weighting), collect)
         iterate = walk(config, by_differences(task, config, correction), broadcast)
-        return strategy(config, task, (ask, iterate), (frozenset({"control"}), frozenset({"params"})))
+        return strategy(config, task, (ask, iterate), (frozenset({"control"}), frozenset({"params"})), zero)
 
     def final(shared: Payload, c: Carry) -> Done:
         delta = tree.axpy(1 / config.steps, shaped(c.total, like), tree.scale(-1, c.memory["control"]))
@@ -69,10 +72,5 @@ def build(config: Config, task: Task) -> Strategy[State]:
         return {"control": tree.axpy(share, mean.value["control"], state.common["control"])}
 
     local = by_differences(task, config, correction, final, remember)
-    base = strategy(config, task, (walk(config, local, broadcast, learn),), (frozenset({"params", "control"}),))
-
-    def init(generator: torch.Generator) -> State:
-        state = base.init(generator)
-        return state._replace(common={"control": tree.zeros(state.x)})
-
-    return base._replace(init=init)
+    iterate = walk(config, local, broadcast, learn)
+    return strategy(config, task, (iterate,), (frozenset({"params", "control"}),), zero)

@@ -1,4 +1,4 @@
-"""`objective`: minimise the mean of clients' functions, which can only be queried. Also what every such task is made of.
+"""`objective`: minimise the mean of clients' functions, which can only be queried. What every such task is made of.
 
 A client's one example describes its function: f_i(u) = ``value(u, example)`` for u in [0, 1]^d. There is nothing to
 classify, so the task has no classes; what is measured is F(u) = 1/N Σ_i f_i(u), under the name "loss".
@@ -33,7 +33,9 @@ class Config(TaskConfig):
     dimension: int = Field(ge=1, description="d")
     low: float = Field(0.0, description="where the function's domain begins, in every coordinate")
     high: float = Field(1.0, description="where it ends")
-    start: float | None = Field(None, ge=0, le=1, description="every coordinate of the first u; none: uniform in [0, 1]")
+    start: float | None = Field(
+        None, ge=0, le=1, description="every coordinate of the first u; none: uniform in [0, 1]"
+    )
     batched: bool = Field(False, description="torch operations alone: call it for many points at once")
 
 
@@ -44,9 +46,7 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
     function, low, width = imported(config.function), config.low, config.high - config.low
     why = None if config.batched else "the objective is a function of the user's own (task.batched)"
     start = uniform if config.start is None else constant(config.start)
-    return task(
-        lambda u, example: function(low + width * u, example), config.dimension, start, config, population, why
-    )
+    return task(lambda u, example: function(low + width * u, example), config.dimension, start, config, population, why)
 
 
 def imported(name: str) -> Value:
@@ -83,7 +83,7 @@ def task(
     population: int,
     unbatchable: str | None = None,
 ) -> Task:
-    """The task with parameter ``u`` (d,). ``loss`` raises ``ValueError`` where a function gives anything but a number."""
+    """The task with parameter ``u`` (d,). ``loss`` raises ``ValueError`` where a function does not give a number."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
 
     def each(params: Tree, x: Tensor) -> Tensor:
