@@ -105,10 +105,6 @@ def alternate(
     sampling: Literal["shuffle", "poisson"] = "poisson" if private else "shuffle"
     draw = partial(_draw, private) if private else None
 
-    def head_loss(params: Tree, batch: Batch, head: Sequence[str]) -> Tensor:
-        # Detached, the body takes no part in the backward pass; it is a parameter so that a block can stack it.
-        return task.loss({n: x if n in head else x.detach() for n, x in params.items()}, batch)
-
     def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
         head, outer = memory["head"], start(shared, memory)
         if head.keys() & outer.keys():
@@ -118,28 +114,25 @@ def alternate(
         return Carry(head, outer, body(outer), m, n, rate, zero, zero, visit.examples, memory)
 
     def head_step(shared: Payload, c: Carry, batch: Batch, draw: Any) -> Carry:
-        names = list(c.head)
         if private:
             g = private.gradient(c.body | c.head, batch, draw, c.own)
         else:
-            _, g = value_and_grad(lambda p, b: head_loss(p, b, names))(c.body | c.head, batch)
-        g = tree.axpy(decay, c.head, take(g, names))
+            _, g = value_and_grad(task.loss)(c.body | c.head, batch)
+        g = tree.axpy(decay, c.head, take(g, c.head))
         m = tree.axpy(config.momentum, c.head_moment, g)
         return c._replace(head=tree.axpy(-lr, m, c.head), head_moment=m)
 
     def body_gradient(c: Carry, batch: Batch, draw: Any) -> tuple[Tree, Carry]:
-        names = list(c.outer)
         if private:
             theta, pull, *_ = torch.func.vjp(body, c.outer)
             return pull(take(private.gradient(theta | c.head, batch, draw, c.own), theta))[0], c
 
         def loss(params: Tree, b: Batch) -> Tensor:
-            held = {n: x.detach() for n, x in params.items() if n not in c.outer}
-            return task.loss(body(take(params, names)) | held, b)
+            return task.loss(body(take(params, c.outer)) | take(params, c.head), b)
 
         value, g = value_and_grad(loss)(c.outer | c.head, batch)
         n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
-        return take(g, names), c._replace(loss=c.loss + value.detach() * n, examples=c.examples + n)
+        return take(g, c.outer), c._replace(loss=c.loss + value.detach() * n, examples=c.examples + n)
 
     def body_step(shared: Payload, c: Carry, batch: Batch, draw: Any) -> Carry:
         g, c = body_gradient(c, batch, draw)

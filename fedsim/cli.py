@@ -236,12 +236,14 @@ def cite(file: File) -> None:
 @app.command()
 def bench(
     name: Annotated[Optional[str], typer.Argument(help="one benchmark; all without it")] = None,  # noqa: UP045
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions")] = 5,
+    turns: Annotated[int, typer.Option(min=1, help="interleaved repetitions")] = 3,
+    against: Annotated[str, typer.Option(help="peers, each in an environment of its own: flwr,pfl")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the figures")] = Path("bench"),
 ) -> None:
     """Time the engine on this machine: interleaved repetitions, medians, ratios."""
     from fedsim import bench as benchmarks
 
-    benchmarks.run(name, rounds)
+    benchmarks.run(name, turns, [peer for peer in against.split(",") if peer], out)
 
 
 @app.command()

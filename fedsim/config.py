@@ -102,6 +102,25 @@ class AdaptiveClip(Closed):
     bit_noise: float | None = Field(None, gt=0, description="σ_b, on the count of unclipped clients; else cohort/20")
 
 
+class AttackConfig(Closed):
+    """``[attack]``: what a server that only looks could reconstruct of what clients send (docs/leakage.md)."""
+
+    every: int = Field(0, ge=0, description="attack what is sent in rounds 1, 1+every, …; 0: by `fedsim attack` alone")
+    method: Literal["ig", "dlg", "rog"] = "ig"
+    knowledge: Literal["naive", "joint", "oracle", "analytic"] = Field(
+        "naive",
+        description="of memories: guess, guess and optimise, know (a bound), or read off a hypernetwork's structure",
+    )
+    victims: int = Field(2, ge=1, le=1000, description="clients that are attacked, each alone")
+    examples: int = Field(1, ge=0, description="of each, its first so many; 0: all that it has")
+    visit: dict[str, Any] = Field(default_factory=dict, description="other strategy settings in the attacked visit")
+    labels: Literal["known", "inferred"] = "known"
+    iterations: int = Field(300, ge=1)
+    step: float = Field(0.03, gt=0, description="of the optimiser, where pictures have values from 0 to 1")
+    tv: float = Field(0.01, ge=0, description="weight of the total variation (ig)")
+    restarts: int = Field(1, ge=1)
+
+
 MIN_NOISE, MAX_NOISE = 0.2, 1e4  # outside, accountants are slow, imprecise, or ask for tens of GiB
 MAX_STEPS = 10_000_000
 
@@ -169,6 +188,7 @@ class Experiment(Closed):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     privacy: PrivacyConfig | None = None
+    attack: AttackConfig | None = None
 
 
 C = TypeVar("C", bound=BaseModel)
