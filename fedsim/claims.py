@@ -29,6 +29,7 @@ import numpy.typing as npt
 from fedsim.errors import ConfigError, did_you_mean
 
 Line = Mapping[str, Any]
+NAN = float("nan")
 
 
 class Table(NamedTuple):
@@ -61,7 +62,7 @@ class Judged(NamedTuple):
 
 def _series(result: Result, key: str) -> list[float]:
     """The values of a key in the rounds that measured it; NaN for a number that was not finite."""
-    return [float("nan") if line[key] is None else float(line[key]) for line in result.lines if key in line]
+    return [NAN if line[key] is None else float(line[key]) for line in result.lines if key in line]
 
 
 def _first(result: Result, key: str, hit: Callable[[float], bool]) -> float:
@@ -71,15 +72,15 @@ def _first(result: Result, key: str, hit: Callable[[float], bool]) -> float:
 
 def _final(result: Result, *, key: str = "accuracy", last: int = 5) -> float:
     values = _series(result, key)[-int(last) :]
-    return float(np.mean(values)) if values else float("nan")
+    return float(np.mean(values)) if values else NAN
 
 
 def _best(result: Result, *, key: str = "accuracy") -> float:
-    return max(_series(result, key), default=float("nan"))
+    return max(_series(result, key), default=NAN)
 
 
 def _at(result: Result, round: float, *, key: str = "accuracy") -> float:
-    return next((v for line, v in zip(result.lines, _series(result, key)) if line["round"] == round), float("nan"))
+    return next((v for line in result.lines if line["round"] == round for v in _series(Result([line], {}), key)), NAN)
 
 
 def _reach(result: Result, target: float, *, key: str = "accuracy") -> float:
@@ -96,7 +97,7 @@ def _total(result: Result, *, key: str = "bytes_up") -> float:
 
 def _summary(result: Result, *, key: str = "total_bytes_up") -> float:
     value = result.summary.get(key)
-    return float("nan") if value is None else float(value)
+    return NAN if value is None else float(value)
 
 
 MEASURES: dict[str, Callable[..., float]] = {

@@ -71,6 +71,20 @@ def test_what_is_missing_makes_a_claim_false() -> None:
     assert not claims.judge("at(gone, 9) < 1", grids).holds
 
 
+def test_rounds_that_measured_nothing_are_passed_over() -> None:
+    """Accuracy in rounds 2 and 4 of five; a round without it is not a number, and not the next one's."""
+    lines = [{"round": r, "loss": 1.0} | ({"accuracy": r / 10} if r % 2 == 0 else {}) for r in range(1, 6)]
+    grids = {"every": Grid({}, [[Result(lines, {})]])}
+    for text, expected in {
+        "at(every, 4)": 0.4,
+        "final(every)": 0.3,
+        "reach(every, 0.3)": 4,
+        "reach(every, 0.5)": 6,
+    }.items():
+        assert claims.table(text, grids).values.item() == pytest.approx(expected)
+    assert np.isnan(claims.table("at(every, 3)", grids).values.item())
+
+
 def test_figures_are_named_by_their_text() -> None:
     found = claims.judge("reach(slow, 0.6) / reach(fast, 0.6) >= 2", GRIDS).figures
     assert list(found) == ["reach(slow, 0.6)", "reach(fast, 0.6)", "reach(slow, 0.6) / reach(fast, 0.6)"]
