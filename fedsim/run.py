@@ -14,7 +14,7 @@ import tomli_w
 import torch
 from safetensors.torch import save
 
-from clients.app import One, client_app, proximal
+from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
 from fedsim import checkpoint, config, data, files, privacy, record, registry, tree
 from fedsim.block import Work
@@ -23,10 +23,11 @@ from fedsim.data.dataset import Federation
 from fedsim.errors import ConfigError, FedsimError, ResumeError, Terminated
 from fedsim.grids.inline import Executor, InlineGrid, Order, canonical, check
 from fedsim.memory import Memory
+from fedsim.node import alone
 from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
-from fedsim.types import Strategy, Task
+from fedsim.types import Local, Strategy, Task
 from fedsim.worker import Failure, reason, where
 from server import foreign
 from server.flower import Messages
@@ -92,7 +93,11 @@ def assemble(
     local = evaluation(task, strategy, experiment.evaluate.batch_size)
     panel = Panel(local, experiment.evaluate.clients) if experiment.data.holdout else None
     streams, choose = (private.key, private.choose) if private else (key, None)
-    app = client_app(federation, lambda phase: local if phase < 0 else strategy.phases[phase].local, streams)
+
+    def local_of(phase: int) -> Local:
+        return local if phase < 0 else strategy.phases[phase].local
+
+    app = client_app(federation, local_of, streams, one=alone(experiment))
     grid = InlineGrid(federation, experiment.engine, memory, app, order)
     where, cohort = executor(experiment, federation, grid), experiment.strategy.cohort
     driver = Native(strategy, where, key, population, cohort, panel, streams, choose)
@@ -134,16 +139,6 @@ def _foreign(
 
 class _Phase(NamedTuple):
     local: Any
-
-
-def alone(experiment: Experiment) -> One:
-    """How a client is run that gets a message of its own: as a block of one would be."""
-
-    def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
-        batched = use_blocks(experiment.engine, federation.dataset.train, work.local)
-        return worker.alone(work, federation, guest, batched)
-
-    return one
 
 
 def device(name: str) -> torch.device:

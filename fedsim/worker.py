@@ -113,6 +113,13 @@ def _one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> 
             yield Failure(guest.client, reason(e))
 
 
+def alone(work: Work, federation: Federation, guest: Guest, batched: bool) -> tuple[Done, int]:
+    """One client's work and its number of examples, with the numbers that ``run`` gives for a block of one."""
+    if batched and work.local.unbatchable is None and (of := _stacked(work, federation, [guest])) is not None:
+        return of.split()[0]
+    return block.one(work, federation, guest)
+
+
 def _report(client: int, done: Done, examples: int) -> Report:
     """The report of a finished client. Raises ``Unusable`` for what must not count."""
     bad = wrong(done)
