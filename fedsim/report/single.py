@@ -15,6 +15,7 @@ from fedsim.report import figures, page
 from fedsim.report.figures import Curve
 
 REPORT, PARTITION, PRIVACY = "report.html", "partition.svg", "privacy.txt"
+RANGE = ("max", "median", "min")  # over clients, as ``server.reduce.ranged`` names them
 FAILURES = 200  # rows of the failures table; a run that drops a client every round must not make a page of megabytes
 
 
@@ -138,11 +139,14 @@ def _learning(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _gauges(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    rounds = [line["round"] for line in lines]
-    cards = [
-        page.card(figures.chart(f"gauge{i}", key.replace("_", " "), curve(lines, key, key, rounds)))
-        for i, key in enumerate(record.gauges(lines))
-    ]
+    rounds, keys = [line["round"] for line in lines], record.gauges(lines)
+    ranges = {f"{key}_{part}" for key in keys if f"{key}_min" in keys for part in RANGE}
+    cards = []
+    for i, key in enumerate(k for k in keys if k not in ranges):
+        # A metric and its range over the clients are one picture.
+        parts = [c for part in RANGE if f"{key}_{part}" in ranges for c in curve(lines, f"{key}_{part}", part, rounds)]
+        curves = [*curve(lines, key, "mean" if parts else key, rounds), *parts]
+        cards.append(page.card(figures.chart(f"gauge{i}", key.replace("_", " "), curves)))
     return [page.section("Inside the strategy", page.grid(cards))] if cards else []
 
 
