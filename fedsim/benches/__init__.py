@@ -1,0 +1,1 @@
+"""What ``fedsim bench`` measures, and with what: workloads, arms (ours, a bare loop, peers), and the measuring."""
