@@ -28,13 +28,13 @@ from fedsim.block import Guest, Work
 from fedsim.config import DatasetConfig, Experiment, PartitionConfig, StrategyConfig
 from fedsim.data.dataset import Dataset, Federation, Split
 from fedsim.data.partition import Lists, Partitioner
-from fedsim.errors import ClientError, ConfigError, FedsimError
+from fedsim.errors import ClientError, ConfigError, FedsimError, where
 from fedsim.grids.inline import InlineGrid, Order
 from fedsim.memory import Memory
 from fedsim.rng import Key
 from fedsim.run import Session, assemble
 from fedsim.types import Batch, Local, Pass, Payload, Phase, Strategy, Task, Tree
-from fedsim.worker import reason, where
+from fedsim.worker import reason
 from server.foreign import Foreign
 from server.loop import Trained, run_round
 

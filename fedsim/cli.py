@@ -156,7 +156,8 @@ def list_(
     for name in [group] if group else registry.GROUPS:
         print(f"{name}:")
         for entry in registry.installed(name).values():
-            print(f"  {entry.name:<20} {entry.value}")
+            clash = registry.clashes(name).get(entry.name)
+            print(f"  {entry.name:<20} {' and '.join(clash) + '  (clash: cannot be used)' if clash else entry.value}")
 
 
 @app.command()

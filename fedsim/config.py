@@ -5,8 +5,10 @@ the plugin's own ``Config``. An unknown key is an error that suggests the neares
 """
 
 import itertools
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from fedsim import registry
 from fedsim.errors import ConfigError, did_you_mean
 
+BARE = re.compile("[A-Za-z0-9_-]+")  # a key that TOML writes without quotes
 MAX_BYTES = 1 << 20  # a config is written by hand; anything larger is a mistake or an attack
 
 
@@ -62,6 +65,13 @@ class StrategyConfig(Closed):
 class EngineConfig(Closed):
     """``[engine]``: where clients run, and how."""
 
+    kind: Literal["inline", "ray"] = Field("inline", description="clients in this process, or in Ray's workers")
+    workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        "auto", description="of kind 'ray'; auto: one a core, or as many as fit each GPU"
+    )
+    deadline: float | None = Field(
+        None, gt=0, description="seconds that a worker of kind 'ray' may take for a message before it is replaced"
+    )
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     execution: Literal["auto", "plain", "batched"] = Field(
         "auto", description="one client at a time, or a block of clients as stacked tensors; auto: plain on a CPU"
@@ -178,7 +188,7 @@ class PrivacyConfig(Closed):
 class Experiment(Closed):
     """A whole experiment. Together with nothing else, it decides every number of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
     seed: int = Field(0, ge=0, lt=1 << 64)
     rounds: int = Field(ge=1, le=10_000_000)
     data: DataConfig
@@ -204,7 +214,7 @@ def parse(tables: Mapping[str, Any]) -> Experiment:
         own = {key: data[key] for key in DataConfig.model_fields.keys() & data.keys() - {"dataset", "partition"}}
         dataset = {key: value for key, value in data.items() if key not in own and key != "partition"}
         ready["data"] = own | {
-            "dataset": _plugin("datasets", "data.name", dataset, "name", problems),
+            "dataset": _plugin("datasets", "data.name", dataset, "name", problems, ("holdout", "partition")),
             "partition": _plugin("partitioners", "data.partition.name", data.get("partition"), "name", problems),
         }
     ready["task"] = _plugin("tasks", "task.model", tables.get("task"), "model", problems)
@@ -218,12 +228,50 @@ def parse(tables: Mapping[str, Any]) -> Experiment:
             p for p in explain(e, Experiment) if p.split(":")[0] not in failed | {"data.dataset", "data.partition"}
         ]
     if problems:
-        raise ConfigError(*dict.fromkeys(problems))
+        raise ConfigError(*(_at_home(p, tables) for p in dict.fromkeys(problems)))
     return experiment
 
 
-def _plugin(group: str, where: str, table: Any, key: str, problems: list[str]) -> BaseModel | None:
-    """Parse a table by the ``Config`` of the plugin that it names; problems are added to the list."""
+def _at_home(problem: str, tables: Mapping[str, Any]) -> str:
+    """The problem, or where its unknown key belongs if that is another table."""
+    path, _, what = problem.partition(": ")
+    if not what.startswith("unknown key"):
+        return problem
+    key = path.rpartition(".")[2]
+    for table, fields in _tables(tables):
+        if key in fields:
+            return f"{path}: unknown key; it belongs to {f'[{table}]' if table else 'the top of the file'}"
+    return problem
+
+
+def _tables(tables: Mapping[str, Any]) -> Iterator[tuple[str, Collection[str]]]:
+    """The tables of this config with their keys, as far as they can be known."""
+    data = tables.get("data")
+    partition = data.get("partition") if isinstance(data, Mapping) else None
+    for group, path, table, key in (
+        ("strategies", "strategy", tables.get("strategy"), "name"),
+        ("tasks", "task", tables.get("task"), "model"),
+        ("datasets", "data", data, "name"),
+        ("partitioners", "data.partition", partition, "name"),
+    ):
+        if isinstance(table, Mapping) and isinstance(table.get(key), str):
+            with suppress(ConfigError):
+                yield path, config_of(group, table[key]).model_fields.keys() - {"name", "model"}
+    yield "data", {"holdout", "partition"}
+    for name, field in Experiment.model_fields.items():
+        for model in _types(field.annotation):
+            if issubclass(model, Closed) and name not in ("strategy", "task", "data"):
+                yield name, model.model_fields.keys()
+    yield "", Experiment.model_fields.keys()
+
+
+def _plugin(
+    group: str, where: str, table: Any, key: str, problems: list[str], others: Sequence[str] = ()
+) -> BaseModel | None:
+    """Parse a table by the ``Config`` of the plugin that it names; problems are added to the list.
+
+    ``others`` are keys that may stand in the table, but are not the plugin's.
+    """
     path = where.rpartition(".")[0]
     if not isinstance(table, Mapping):
         got = "missing" if table is None else f"must be a table (got {table!r})"
@@ -234,12 +282,30 @@ def _plugin(group: str, where: str, table: Any, key: str, problems: list[str]) -
         problems.append(f"{where}: {'missing' if name is None else f'must be a string (got {name!r})'}")
         return None
     try:
-        plugin = registry.load(group, name)
-        config: BaseModel = check(plugin.Config, table, path)
-        return config
+        model = config_of(group, name)
+        try:
+            return model.model_validate(dict(table))
+        except ValidationError as e:
+            raise ConfigError(*explain(e, model, path, others)) from None
     except ConfigError as e:
         problems += [p if p.startswith(path) else f"{where}: {p}" for p in e.problems]
         return None
+
+
+BASES: dict[str, type[BaseModel]] = {
+    "datasets": DatasetConfig,
+    "partitioners": PartitionConfig,
+    "tasks": TaskConfig,
+    "strategies": StrategyConfig,
+}
+
+
+def config_of(group: str, name: str) -> type[BaseModel]:
+    """The ``Config`` of a plugin. Raises ``ConfigError`` where it has none of the kind that its group needs."""
+    model, base = registry.load(group, name).Config, BASES[group]
+    if not (isinstance(model, type) and issubclass(model, base)):
+        raise ConfigError(f"plugin '{name}': its Config must be a subclass of {base.__name__}")
+    return model
 
 
 def check(model: type[C], table: Mapping[str, Any], path: str = "") -> C:
@@ -250,14 +316,14 @@ def check(model: type[C], table: Mapping[str, Any], path: str = "") -> C:
         raise ConfigError(*explain(e, model, path)) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", others: Sequence[str] = ()) -> list[str]:
     """One line a problem: where, what is expected, what was found, and the nearest name for a typo."""
     lines = []
     for item in error.errors():
-        loc = [str(part) for part in item["loc"]]
+        loc = [part if BARE.fullmatch(part) else repr(part) for part in map(str, item["loc"])]
         where = ".".join(([prefix] if prefix else []) + loc)
         if item["type"] == "extra_forbidden":
-            known = _fields_at(model, loc[:-1])
+            known = [*_fields_at(model, loc[:-1]), *(others if len(loc) == 1 else ())]
             hint = did_you_mean(loc[-1], known) or (f"; known: {', '.join(sorted(known))}" if known else "")
             lines.append(f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
@@ -296,17 +362,19 @@ def read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a directory") from None
-    except PermissionError:
-        raise ConfigError(f"{path}: cannot be read") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8") from None
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: not valid TOML: {e}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
 
 
 def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -339,7 +407,7 @@ def value(text: str) -> Any:
     """A TOML value, or the text itself where it is a bare word."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

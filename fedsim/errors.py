@@ -5,6 +5,7 @@ Exit codes: 2 is bad input (nothing was run, nothing was written), 1 is a run th
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class FedsimError(Exception):
@@ -52,6 +53,24 @@ class Stopped(FedsimError):
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint naming the nearest known word, or nothing."""
-    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    """A hint naming the nearest known word, or nothing. One slip of the finger is nearest, however short the word."""
+    slips = [k for k in known if _one_slip(word.lower(), k.lower())]
+    near = get_close_matches(word, slips or known, n=1, cutoff=0.0 if slips else 0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter more, less or other, or two letters in the other order, make ``a`` into ``b``."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    c, d = a[start:], b[start:]
+    return c[1:] == d[1:] or c[1:] == d or c == d[1:] or (c[:2] == d[1::-1] and c[2:] == d[2:])
+
+
+def where(e: BaseException) -> str:
+    """The file and line in which an exception was raised."""
+    at, tb = "?", e.__traceback__
+    while tb is not None:
+        at, tb = f"{Path(tb.tb_frame.f_code.co_filename).name}:{tb.tb_lineno}", tb.tb_next
+    return at

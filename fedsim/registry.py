@@ -13,20 +13,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fedsim import errors
 from fedsim.errors import ConfigError, did_you_mean
 
 GROUPS = ("strategies", "tasks", "datasets", "partitioners")
 
 
 @cache
-def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group by name. Raises ``ConfigError`` where two packages claim one name."""
-    found: dict[str, EntryPoint] = {}
+def _entries(group: str) -> dict[str, list[EntryPoint]]:
+    found: dict[str, dict[str, EntryPoint]] = {}
     for entry in entry_points(group=f"fedsim.{group}"):
-        if entry.name in found and found[entry.name].value != entry.value:
-            raise ConfigError(f"two plugins are named '{entry.name}': {found[entry.name].value} and {entry.value}")
-        found[entry.name] = entry
-    return dict(sorted(found.items()))
+        found.setdefault(entry.name, {})[entry.value] = entry
+    return {name: [of[value] for value in sorted(of)] for name, of in sorted(found.items())}
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name; nothing is imported. Of a name that two packages claim, the first."""
+    return {name: entries[0] for name, entries in _entries(group).items()}
+
+
+def clashes(group: str) -> dict[str, list[str]]:
+    """Names that two packages claim, with what they stand for. To use one is an error; to have one installed is not."""
+    return {name: [e.value for e in entries] for name, entries in _entries(group).items() if len(entries) > 1}
 
 
 def load(group: str, name: str) -> Any:
@@ -40,6 +48,8 @@ def load(group: str, name: str) -> Any:
         elif ":" in name:
             _see_current_folder()
             plugin = EntryPoint(name, name, f"fedsim.{group}").load()
+        elif name in clashes(group):
+            raise ConfigError(f"two plugins are named {of}: {' and '.join(clashes(group)[name])}")
         elif name in known:
             of = f"'{name}' ({known[name].value})"
             plugin = known[name].load()
@@ -59,6 +69,20 @@ def load(group: str, name: str) -> Any:
         if not hasattr(plugin, needed):
             raise ConfigError(f"plugin {of} has no '{needed}'")
     return plugin
+
+
+def build(group: str, name: str, where: str, *args: Any) -> Any:
+    """What the plugin makes of its arguments. ``where`` is the key that names it.
+
+    Raises ``ConfigError``: its own, and one for any other exception.
+    """
+    try:
+        return load(group, name).build(*args)
+    except ConfigError:
+        raise
+    except Exception as e:
+        what = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise ConfigError(f"{where}: '{name}' cannot be built: {what} ({errors.where(e)})") from e
 
 
 def _see_current_folder() -> None:

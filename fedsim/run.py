@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,23 +20,25 @@ from fedsim import checkpoint, config, data, files, privacy, record, registry, t
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
-from fedsim.errors import ConfigError, FedsimError, ResumeError, Terminated
-from fedsim.grids.inline import Executor, InlineGrid, Order, canonical, check
+from fedsim.errors import ConfigError, FedsimError, ResumeError, Terminated, where
+from fedsim.grids.inline import App, BlockGrid, Executor, InlineGrid, Order, Site, canonical, check
 from fedsim.memory import Memory
 from fedsim.node import alone
 from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
 from fedsim.types import Local, Strategy, Task
-from fedsim.worker import Failure, reason, where
+from fedsim.worker import Failure, reason
 from server import foreign
 from server.flower import Messages
 from server.loop import Driver, Native, Panel, Round, rounds
+from server.reduce import collect
 
 log = logging.getLogger("fedsim")
 
 # What may change at a resume, since it decides no number of a round.
 FREE = {"rounds", "checkpoint.every", "checkpoint.keep", "engine.memory_mb", "privacy.max_epsilon"}
+FREE |= {"engine.kind", "engine.workers", "engine.deadline"}
 
 
 class Session(NamedTuple):
@@ -47,7 +49,13 @@ class Session(NamedTuple):
     task: Task
     driver: Driver[Any]
     memory: Memory
+    grid: BlockGrid
+    site: Site
     private: Private | None = None
+
+    def close(self) -> None:
+        """End the workers, where there are any."""
+        self.grid.close()
 
 
 def build(experiment: Experiment, order: Order | None = None, secret: Key | None = None) -> Session:
@@ -61,7 +69,9 @@ def build(experiment: Experiment, order: Order | None = None, secret: Key | None
         raise ConfigError(
             f"strategy.cohort: must be at most {population}, the number of clients (got {experiment.strategy.cohort})"
         )
-    task: Task = registry.load("tasks", experiment.task.model).build(experiment.task, federation.dataset, population)
+    task: Task = registry.build(
+        "tasks", experiment.task.model, "task.model", experiment.task, federation.dataset, population
+    )
     return assemble(experiment, federation, task, order, secret)
 
 
@@ -77,14 +87,15 @@ def assemble(
     if experiment.privacy:
         strategy, private = privacy.protect(experiment, federation, task, secret)
     else:
-        strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
+        name = experiment.strategy.name
+        strategy = registry.build("strategies", name, "strategy.name", experiment.strategy, task)
+        if not isinstance(strategy, (Strategy, foreign.Foreign)):
+            raise ConfigError(f"strategy.name: '{name}' must build a Strategy (got {type(strategy).__name__})")
     key, population = Key.root(experiment.seed), len(federation)
     memory = Memory(limit=experiment.engine.memory_mb << 20)
 
     if isinstance(strategy, foreign.Foreign):
-        return Session(
-            experiment, federation, task, _foreign(experiment, federation, task, strategy, memory, order), memory
-        )
+        return _foreign(experiment, federation, task, strategy, memory, order)
 
     if experiment.evaluate.local:
         if not experiment.data.holdout:
@@ -98,13 +109,39 @@ def assemble(
         return local if phase < 0 else strategy.phases[phase].local
 
     app = client_app(federation, local_of, streams, one=alone(experiment))
-    grid = InlineGrid(federation, experiment.engine, memory, app, order)
+    site = Site(federation, lambda p: (local_of(p), collect() if p < 0 else strategy.phases[p].reduce), app)
+    grid = place(experiment, federation, memory, app, order, private.key if private else None)
     where, cohort = executor(experiment, federation, grid), experiment.strategy.cohort
     driver = Native(strategy, where, key, population, cohort, panel, streams, choose)
-    return Session(experiment, federation, task, driver, memory, private)
+    return Session(experiment, federation, task, driver, memory, grid, site, private)
 
 
-def executor(experiment: Experiment, federation: Federation, grid: InlineGrid) -> Executor:
+def site(experiment: Experiment, federation: Federation, secret: Key | None) -> Site:
+    """What a worker needs to run the phases of an experiment that another process drives."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    task: Task = registry.build(
+        "tasks", experiment.task.model, "task.model", experiment.task, federation.dataset, len(federation)
+    )
+    return assemble(experiment, federation, task, secret=secret).site
+
+
+def place(
+    experiment: Experiment, federation: Federation, memory: Memory, app: App, order: Order | None, secret: Key | None
+) -> BlockGrid:
+    """The grid of ``engine.kind``. Raises ``ConfigError`` where what it needs is not installed."""
+    if experiment.engine.kind == "inline":
+        return InlineGrid(federation, experiment.engine, memory, app, order)
+    try:
+        from fedsim.grids.ray import RayGrid
+    except ImportError as e:
+        if (e.name or "").split(".")[0] != "ray":
+            raise
+        raise ConfigError("engine.kind: 'ray' needs Ray: pip install 'fedsim-engine[ray]'") from None
+    return RayGrid(experiment, federation, memory, app, secret)
+
+
+def executor(experiment: Experiment, federation: Federation, grid: BlockGrid) -> Executor:
     """The grid's fast path, or real Flower messages over it."""
     if experiment.engine.paths == "fast":
         return grid
@@ -122,8 +159,8 @@ def _foreign(
     strategy: foreign.Foreign,
     memory: Memory,
     order: Order | None,
-) -> foreign.Driver:
-    """The driver of a Flower strategy. Its clients do local SGD; a "proximal-mu" in its messages is honoured."""
+) -> Session:
+    """The session of a Flower strategy. Its clients do local SGD; a "proximal-mu" in its messages is honoured."""
 
     local = proximal(task, strategy.config)
     plain = local({})
@@ -133,8 +170,10 @@ def _foreign(
     panel = Panel(scorer, experiment.evaluate.clients) if experiment.data.holdout else None
     key = Key.root(experiment.seed)
     app = client_app(federation, lambda phase: scorer, key, local, scorer if experiment.data.holdout else None)
-    grid = InlineGrid(federation, experiment.engine, memory, app, order)
-    return foreign.Driver(strategy, task, grid, experiment.engine, key, len(federation), plain, grid, panel)
+    grid = place(experiment, federation, memory, app, order, None)
+    driver = foreign.Driver(strategy, task, grid, experiment.engine, key, len(federation), plain, grid, panel)
+    site = Site(federation, lambda phase: (scorer, collect()), app)
+    return Session(experiment, federation, task, driver, memory, grid, site)
 
 
 class _Phase(NamedTuple):
@@ -168,7 +207,7 @@ def run(
     secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
     session = build(experiment, order, secret)
     state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)
-    with lock(out):
+    with lock(out), closing(session):
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
         if resume and any((out / "checkpoint").glob("round-*")):
             found = store.load(checkpoint.named_tuples(state))
@@ -299,7 +338,7 @@ def check_folder(out: Path, resume: bool) -> None:
             raise ConfigError(f"--out: {out} is not empty; --resume continues the run in it")
         if not (out / record.CONFIG).exists():
             raise ConfigError(f"--out: {out} holds files, but no run to resume")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    parent = next(p for p in (out, *out.parents, *out.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise ConfigError(f"--out: {parent} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -28,10 +28,10 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedsim import config, record
-from fedsim.errors import ConfigError, FedsimError
+from fedsim.errors import ConfigError, FedsimError, where
 from fedsim.grids import flower
 from fedsim.grids.flower import MessageGrid, error_reply
-from fedsim.worker import reason, where
+from fedsim.worker import reason
 
 LEGACY_OPTIONS = "options"
 DEFAULT_SUPERNODES = 2  # what Flower's own simulation starts where nothing else is said

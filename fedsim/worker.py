@@ -6,7 +6,6 @@ Inline, Ray and tests call the same function; it is where a client's failure get
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -151,15 +150,6 @@ def reason(e: BaseException) -> str:
         return str(e)
     first = str(e).strip().split("\n")[0]
     return f"{type(e).__name__}: {first}" if first else type(e).__name__
-
-
-def where(e: BaseException) -> str:
-    """The file and line in which an exception was raised."""
-    frame, last = e.__traceback__, "?"
-    while frame is not None:
-        last = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return last
 
 
 @cache

@@ -106,3 +106,9 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 60) 
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"no {path} after {seconds} s"
         time.sleep(0.01)
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -32,9 +32,11 @@ def federation(config: DataConfig, seed: int) -> Federation:
 
     Raises ``DataError``: the data is not here, is broken, or cannot be partitioned as asked.
     """
-    dataset = validate(registry.load("datasets", config.dataset.name).build(config.dataset))
-    partitioner = registry.load("partitioners", config.partition.name)
-    partition = partitioner.build(config.partition, dataset, Key.root(seed).at("partition"))
+    dataset = validate(registry.build("datasets", config.dataset.name, "data.name", config.dataset))
+    key = Key.root(seed).at("partition")
+    partition = registry.build(
+        "partitioners", config.partition.name, "data.partition.name", config.partition, dataset, key
+    )
     _check(config.partition.name, partition, dataset)
     return Federation(dataset, partition, config.holdout, Key.root(seed).at("data"))
 
