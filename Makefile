@@ -38,10 +38,15 @@ check: $(VENV)/.all  ## format, lint, types, import arrows
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+reproduce-fedhyper: $(VENV)/.core  ## FedHyper's claims, judged
+	$(BIN)/fedsim data get fashion_mnist
+	$(BIN)/fedsim data get shakespeare
+	$(BIN)/fedsim reproduce experiments/fedhyper/claims.toml
+
 bench: $(VENV)/.all  ## time the engine on this machine
 	$(BIN)/fedsim bench
 
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: help install demo test test-slow check bench clean
+.PHONY: help install demo test test-slow check bench clean reproduce-fedhyper

@@ -40,53 +40,72 @@ class Paced(NamedTuple):
     """A client in the middle of its steps, and how its rate has moved. Tensors without a name have shape ()."""
 
     inner: Carry  # its ``rate`` is β_k
-    start: Tensor  # β₀ of this visit
-    before: Tree  # g_{k−1}, or d_{k−1}; {} without a rule
+    start: Tensor  # β₀
+    before: Tree  # g_{k−1}, or d_{k−1}
     excess: Tensor  # Σ over steps of β_k − β₀
     steps: Tensor  # K
 
 
-def paced(local: Local, rule: Rule | None) -> Local:
-    """``local`` with β₀ from channel "rates" where the server sends one, and moved by ``rule`` where there is one.
+def given(local: Local) -> Local:
+    """``local`` at the rate that the server sends on channel "rates". The step itself is the same one."""
+    _descent(local)
+
+    def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
+        carry: Carry = local.init(shared, memory, visit)
+        return carry._replace(rate=shared["rates"]["local"])
+
+    def final(shared: Payload, c: Carry) -> Done:
+        done = local.final(shared, c)
+        return done._replace(metrics=done.metrics | {"local_rate": c.rate})
+
+    return local._replace(init=init, final=final)
+
+
+def learned(local: Local, rule: Rule) -> Local:
+    """``local`` with a rate that each client moves by itself, from β₀ at the beginning of each visit.
 
     The inner ``final`` sees the visit's mean rate as ``carry.rate``, so that SCAFFOLD's (x − y)/(K η) stays a mean of
-    gradients. Metric ``local_rate`` is that mean. Raises ``ConfigError`` where clients do not descend gradients.
+    gradients. Metric ``local_rate`` is that mean.
     """
-    descent = local.passes[0].step if len(local.passes) == 1 else None
-    if not isinstance(descent, Descent):
-        raise ConfigError("strategy.base: its clients take no gradient steps whose rate could be set")
+    descent, whose = _descent(local), local.model
     gradient, move = descent.gradient, descent.move
 
     def init(shared: Payload, memory: Payload, visit: Visit) -> Paced:
         c = local.init(shared, memory, visit)
-        start = shared["rates"]["local"] if "rates" in shared else c.rate
-        before: Tree = {}
-        if rule:
-            before = tree.zeros(c.params) if rule.form == "paper" else shared["previous"]
-        return Paced(c._replace(rate=start), start, before, torch.zeros_like(start), visit.steps.to(start.dtype))
+        before = tree.zeros(c.params) if rule.form == "paper" else shared["previous"]
+        return Paced(c, c.rate, before, torch.zeros_like(c.rate), visit.steps.to(c.rate.dtype))
 
     def step(shared: Payload, c: Paced, batch: Batch, draw: Any) -> Paced:
-        g, inner = gradient(shared, c.inner, batch, draw)
         before = c.before
-        if rule and rule.form == "paper":
+        g, inner = gradient(shared, c.inner, batch, draw)
+        if rule.form == "paper":
             inner = inner._replace(rate=_paper(rule, c, inner, g, shared["previous"]))
             before = g
-        excess = c.excess + (inner.rate - c.start)
         moved = move(inner, g)
-        if rule and rule.form == "released":
-            d = tree.sub(moved.params, inner.params)
-            moved = moved._replace(rate=_released(rule, c, inner, d, shared["previous"]))
-            before = d
-        return Paced(moved, c.start, before, excess, c.steps)
+        if rule.form == "released":
+            before = tree.sub(moved.params, inner.params)
+            moved = moved._replace(rate=_released(rule, c, inner, before, shared["previous"]))
+        return Paced(moved, c.start, before, c.excess + (inner.rate - c.start), c.steps)
 
     def final(shared: Payload, c: Paced) -> Done:
         rate = c.start + c.excess / c.inner.step.clamp(min=1)
         done = local.final(shared, c.inner._replace(rate=rate))
         return done._replace(metrics=done.metrics | {"local_rate": rate})
 
-    whose = local.model
-    model = (lambda shared, c: whose(shared, c.inner)) if whose else None
-    return local._replace(init=init, passes=(local.passes[0]._replace(step=step),), final=final, model=model)
+    return local._replace(
+        init=init,
+        passes=(local.passes[0]._replace(step=step),),
+        final=final,
+        model=(lambda shared, c: whose(shared, c.inner)) if whose else None,
+    )
+
+
+def _descent(local: Local) -> Descent:
+    """The step whose rate is to be set. ``ConfigError`` where clients do anything but descend gradients."""
+    step = local.passes[0].step if len(local.passes) == 1 else None
+    if not isinstance(step, Descent):
+        raise ConfigError("strategy.base: its clients take no gradient steps whose rate could be set")
+    return step
 
 
 def _paper(rule: Rule, c: Paced, inner: Carry, g: Tree, previous: Tree) -> Tensor:

@@ -98,7 +98,7 @@ def hyper(base: Strategy[Any], config: Config) -> Strategy[Hyper]:
     """Any strategy of one exchange whose clients send "delta", with its rates scheduled."""
     if not isinstance(base, Strategy) or len(base.phases) != 1 or "delta" not in base.sends[0]:
         raise ConfigError("strategy.base: must be a strategy of one exchange whose clients send 'delta'")
-    phase, parts = base.phases[0], config.variant.split("+")
+    phase, parts, export = base.phases[0], config.variant.split("+"), base.export
     relative = config.mode == "cosine" or config.form == "released"
     high = min(config.gamma_beta * config.lr, config.max_lr or float("inf"))
     of_alpha = Rule(config.hyper_rate, config.mode, *config.alpha_bounds())
@@ -130,11 +130,14 @@ def hyper(base: Strategy[Any], config: Config) -> Strategy[Hyper]:
     rule = client.Rule(
         config.hyper_rate, config.mode, config.form, config.gamma_beta, config.max_lr, config.epochs or 1, config.cohort
     )
-    local = client.paced(phase.local, rule if "cl" in parts else None)
+    local = client.given(phase.local) if "sl" in parts else phase.local
+    if "cl" in parts and config.hyper_rate:
+        local = client.learned(local, rule)
     reduce = ranged(phase.reduce, "local_rate") if "cl" in parts else phase.reduce
     return base._replace(
         init=init,
         phases=(Phase(broadcast, local, reduce, finish),),
         params=lambda s: base.params(s.base),
         gauges=gauges,
+        export=(lambda s: export(s.base)) if export else None,
     )

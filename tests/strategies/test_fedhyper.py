@@ -10,9 +10,12 @@ import pytest
 import torch
 from worlds import KEY, grid, points, quadratic, same, train
 
+from clients import hyper as client
 from fedsim.config import check
 from fedsim.errors import ConfigError
-from fedsim.types import Mean, Strategy, Tree
+from fedsim.run import build
+from fedsim.types import Mean, Payload, Strategy, Tree
+from runs import experiment
 from server import hyper, optim
 from server.loop import Trained, run_round
 from server.reduce import ranged, weighted_mean
@@ -196,6 +199,22 @@ def test_without_hyper_rate_it_is_fedavg(variant: str, form: str, mode: str, exe
     assert same(many(fedhyper.build(config, TASK), execution=execution), expected)
 
 
+@pytest.mark.parametrize("execution", ["plain", "batched"])
+@pytest.mark.parametrize("mode", ["raw", "cosine"])
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_a_clients_own_rate_that_does_not_move_is_fedavg(form: Any, mode: Any, execution: str) -> None:
+    """With κ = 0 the strategy leaves the clients alone; here the rule itself runs, and adds nothing, to the bit."""
+    base = fedavg.build(fedavg.Config(**FEW), TASK)
+    rule = client.Rule(0.0, mode, form, gamma=10.0, cap=None, epochs=3, cohort=3)
+
+    def broadcast(state: fedavg.State) -> Payload:
+        return {"params": state.w, "previous": {"w": torch.tensor([0.25, -3.0], dtype=torch.float64)}}
+
+    phase = base.phases[0]
+    moved = phase._replace(local=client.learned(phase.local, rule), broadcast=broadcast)
+    assert same(many(base._replace(phases=(moved,)), execution=execution), many(base, execution=execution))
+
+
 @pytest.mark.parametrize("alpha0", [0.5, 0.7, 2.0])
 def test_alpha0_is_fedavgs_server_rate(alpha0: float) -> None:
     config = fedhyper.Config(**FEW, variant="g+cl", hyper_rate=0.0, alpha0=alpha0)
@@ -283,8 +302,8 @@ def test_previous_is_the_mean_update_of_the_round_before() -> None:
 def test_rates_are_reported() -> None:
     strategy = fedhyper.build(fedhyper.Config(**FEW, variant="g+cl"), TASK)
     executor, rates = grid(MANY), []
-    for client in (0, 1, 2):
-        _, trained = run_round(strategy, strategy.init(KEY.torch()), 1, [client], executor, KEY)
+    for number in (0, 1, 2):
+        _, trained = run_round(strategy, strategy.init(KEY.torch()), 1, [number], executor, KEY)
         rates.append(trained.metrics["local_rate"])
     state, trained = run_round(strategy, strategy.init(KEY.torch()), 1, [0, 1, 2], executor, KEY)
     ranked = [trained.metrics[f"local_rate_{k}"] for k in ("min", "median", "max")]
@@ -347,3 +366,38 @@ def test_decay_by_hand() -> None:
         config = check(fedavg.Config, {"name": "fedavg", **ONE, key: decay})
         ws = [float(x["w"]) for x in train(fedavg.build(config, quadratic(ALONE, [2.0])), ALONE, 3)]
         assert ws == [2.0, 1.0, 0.75, 0.75 * (1 - 0.125)]
+
+
+# -- under differential privacy -------------------------------------------------------------------------------------
+
+EXAMPLE = ["privacy.mode=example", "privacy.max_grad_norm=1.0"]
+CLIENT = ["privacy.mode=client", "privacy.clip=0.5"]
+
+
+def private(level: list[str], *strategy: str) -> tuple[Tree, dict[str, float], list[dict[str, float]]]:
+    """The model and the gauges after three rounds on digits with repeatable noise, and what each round said."""
+    common = ["strategy.weighting=uniform", "strategy.cohort=4", "strategy.epochs=2", "privacy.noise=seeded"]
+    settings = [*common, "privacy.noise_multiplier=0.8", "privacy.delta=0.0001", *level, *strategy]
+    driver = build(experiment("privacy={}", "data.holdout=0.0", *settings)).driver
+    state, said = driver.begin(), []
+    for r in (1, 2, 3):
+        state, trained = driver.train(state, r)
+        said.append(trained.metrics)
+    return driver.params(state), driver.gauges(state), said
+
+
+@pytest.mark.parametrize("level", [EXAMPLE, CLIENT])
+@pytest.mark.parametrize("variant", ["g", "sl", "g+cl"])
+def test_private_and_without_hyper_rate_it_is_private_fedavg(level: list[str], variant: str) -> None:
+    expected, _, _ = private(level, "strategy.name=fedavg")
+    settings = ["strategy.name=fedhyper", f"strategy.variant={variant}", "strategy.hyper_rate=0.0"]
+    still, _, said = private(level, *settings)
+    assert same(still, expected)
+    assert said == [{}, {}, {}]  # a client's own rate is a function of its raw data: nothing of it is said
+
+
+@pytest.mark.parametrize("level", [EXAMPLE, CLIENT])
+def test_private_updates_move_the_rate(level: list[str]) -> None:
+    """Post-processing: the rule sees the mean update as it was released, noise and all."""
+    _, gauges, _ = private(level, "strategy.name=fedhyper", "strategy.variant=g")
+    assert gauges["alpha"] != 1.0
