@@ -83,7 +83,10 @@ def clipped(g: Tree, groups: Sequence[Sequence[str]], norm: float) -> Tree:
     out = dict(g)
     for group in groups:
         part = take(g, group)
-        factor = (norm / (tree.norm(part) + 1e-6)).clamp(max=1.0)
+        square = tree.dot(part, part)
+        # The smallest number keeps the root differentiable at 0, and is nothing beside any other square.
+        size = (square + torch.finfo(square.dtype).tiny).sqrt()
+        factor = (norm / (size + 1e-6)).clamp(max=1.0)
         out |= tree.scale(factor, part)
     return out
 

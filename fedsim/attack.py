@@ -142,10 +142,13 @@ class Attacker:
             memory = {channel: dict(part) for channel, part in fixed.items()}
             for (channel, name), t in zip(places, others):
                 memory[channel][name] = t
-            return flat(simulate(local, victim.shared, memory, Split(x, y), self.task.classes, key, round))
+            return centred(simulate(local, victim.shared, memory, Split(x, y), self.task.classes, key, round))
+
+        def centred(value: Payload) -> Tensor:
+            return flat({**value, "delta": self.without_decay(value["delta"], victim)} if "delta" in value else value)
 
         joint = unknowns if self.config.knowledge == "joint" and places else lambda generator: []
-        found = invert(update, flat(victim.sent), (n, *victim.x.shape[1:]), plan, generator, joint)
+        found = invert(update, centred(victim.sent), (n, *victim.x.shape[1:]), plan, generator, joint)
         return found.x, found.objective
 
     def by_structure(self, victim: Victim, y: Tensor, plan: Plan, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -200,6 +203,14 @@ class Attacker:
                 g = self.as_gradient(of_one, {name: start.get(name, torch.zeros_like(delta[name]))}, len(victim.y))
                 return analytic.labels(g[name].detach().clone(), len(victim.y))
         return None
+
+    def without_decay(self, delta: Tree, victim: Victim) -> Tree:
+        """The update without the pull of weight decay, which the attacker knows and which says nothing about data."""
+        if not getattr(self.settings, "weight_decay", 0.0):
+            return delta
+        start = {n: x for part in victim.shared.values() for n, x in part.items()}
+        known = {n: x for n, x in delta.items() if n in start and start[n].shape == x.shape}
+        return delta | self.as_gradient(known, start, len(victim.y))
 
     def as_gradient(self, delta: Tree, start: Tree, examples: int) -> Tree:
         s = self.settings
