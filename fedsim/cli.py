@@ -43,14 +43,18 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run (of the sweep); default: runs/NAME-TIME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    engine: Annotated[Optional[str], typer.Option(help="where clients run: inline or ray")] = None,  # noqa: UP045
+    workers: Annotated[Optional[str], typer.Option(help="of engine ray: a number, or auto")] = None,  # noqa: UP045
 ) -> None:
     """Run an experiment, or a sweep of them."""
     from fedsim import config, progress
 
     if resume and out is None:
         raise ConfigError("--resume: needs --out, the folder of the run")
+    flags = {"engine.kind": engine, "engine.workers": workers}
+    overrides = [*(overrides or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     tables = config.read(file)
-    combinations = config.sweep(overrides or [])
+    combinations = config.sweep(overrides)
     experiments = [config.parse(config.override(tables, assignments)) for assignments in combinations]
     base = out or Path("runs") / f"{experiments[0].name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -274,8 +278,13 @@ def data_list() -> None:
     """Which data sets there are, and which are here."""
     from fedsim.data import fetch
 
+    rows = [("name", "here", "download", "examples", "licence")]
     for row in fetch.table():
-        print(row)
+        size = f"{row.megabytes:.0f} MB" if row.megabytes else "-"
+        rows.append((row.name, "yes" if row.here else "no", size, row.examples, row.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 @data_app.command("show")

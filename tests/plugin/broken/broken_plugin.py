@@ -1,0 +1,3 @@
+"""What a plugin must not do."""
+
+raise RuntimeError("this plugin was made for another version")
