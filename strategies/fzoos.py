@@ -34,7 +34,7 @@ class Config(QueryConfig):
     gamma: Literal["1/t"] | Annotated[float, Field(ge=0)] = Field("1/t", description="γ; 0: no correction")
     correct_at: Literal["iterate", "start"] = Field("iterate", description="where the correction is evaluated: u, or x")
     length: float = Field(1.0, gt=0, description="l of the kernel")
-    noise: float = Field(1e-6, gt=0, description="σ², of values scaled to [0, 1]")
+    noise: float = Field(1e-4, gt=0, description="σ², of values scaled to [0, 1]; the authors' code has 1e-6")
     features: int = Field(10_000, ge=1, description="M, the numbers that clients exchange")
     feature_seed: int = Field(0, ge=0, description="the seed of the features, shared by everybody")
     active: int = Field(5, ge=0, description="queries before a step, beside that of the iterate")

@@ -4,7 +4,7 @@ u in [0, 1]^d is the change δ = bound (2 u − 1), and a client's function is t
 
     f_i(u) = logit_label(x + δ) − max_{other} logit(x + δ),      x + δ clipped to [0, 1]
 
-F < 0 is success. The first point, u = ½, changes nothing.
+F < 0 is success (``success``, 0 or 1). The first point, u = ½, changes nothing.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from fedsim.data.attack import HIDDEN
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
 from fedsim.tasks.objective import constant, task
-from fedsim.types import Task
+from fedsim.types import Metrics, Task
 
 
 class Config(TaskConfig):
@@ -41,4 +41,7 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
         right = torch.arange(classes, device=u.device) == label
         return torch.where(right, logits, 0.0).sum() - torch.where(right, -torch.inf, logits).amax()
 
-    return task(value, d, constant(0.5), config, population)
+    def success(values: Tensor) -> Metrics:
+        return {"success": (values.mean() < 0).to(values.dtype)}
+
+    return task(value, d, constant(0.5), config, population, measure=success)

@@ -20,7 +20,9 @@ def evaluate(task: Task, params: Tree, x: Tensor, y: Tensor, batch_size: int) ->
     if task.classes == 0:
         # An objective: every "example" is a client's function, and nothing is classified.
         with torch.no_grad():
-            return {"loss": float(task.loss(params, Batch(x, y)))}
+            scored = task.score(params, Batch(x, y))
+        more = {name: float(v) for name, v in scored.items() if name not in ("count", "correct", "loss")}
+        return {"loss": float(scored["loss"] / scored["count"]), **more}
     if len(x) == 0 or batch_size < 1:
         raise ValueError(f"nothing to evaluate: {len(x)} examples in batches of {batch_size}")
     of_logits = getattr(task.score, "of_logits", None)

@@ -82,8 +82,12 @@ def task(
     config: TaskConfig,
     population: int,
     unbatchable: str | None = None,
+    measure: Callable[[Tensor], Metrics] = lambda values: {},
 ) -> Task:
-    """The task with parameter ``u`` (d,). ``loss`` raises ``ValueError`` where a function does not give a number."""
+    """The task with parameter ``u`` (d,). ``loss`` raises ``ValueError`` where a function does not give a number.
+
+    ``measure`` makes further numbers of all clients' values (N,), to be logged beside F.
+    """
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
 
     def each(params: Tree, x: Tensor) -> Tensor:
@@ -99,7 +103,8 @@ def task(
     def score(params: Tree, batch: Batch) -> Metrics:
         values = each(params, batch.x)
         weight = torch.ones_like(values) if batch.weight is None else batch.weight
-        return {"count": weight.sum(), "correct": 0 * weight.sum(), "loss": (weight * values).sum()}
+        sums = {"count": weight.sum(), "correct": 0 * weight.sum(), "loss": (weight * values).sum()}
+        return sums | measure(values)
 
     return Task(
         lambda generator: {"u": start(generator, dimension).to(dtype)},
