@@ -49,6 +49,12 @@ class Fold(Generic[A]):
             level, index = level + 1, index >> 1
         self._root, self._whole = value, True
 
+    def nodes(self) -> list[Node[A]]:
+        """What has been combined so far, as the fewest nodes: another fold over the same positions can take them up."""
+        if self._whole:
+            return [Node(max(self._n - 1, 0).bit_length(), 0, self._root)]
+        return [Node(level, index, value) for (level, index), value in self._waiting.items()]
+
     def result(self) -> A | None:
         """The combination of all positions. ``ValueError`` where some are missing."""
         if not self._whole:

@@ -47,7 +47,7 @@ def ours(spec: dict[str, Any], clock: Clock) -> float | None:
             clock.round(number)
         return accuracy(session, session.driver.params(state))
     finally:
-        pass
+        session.close()
 
 
 def accuracy(session: Any, params: Any) -> float | None:

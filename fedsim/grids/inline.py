@@ -1,7 +1,8 @@
 """Clients in this process, a block at a time."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -84,8 +85,23 @@ def way(engine: EngineConfig, data: Split, local: Local) -> Way:
     return Way(size, True)
 
 
-class InlineGrid(MessageGrid):
-    """Every client in this process. ``order`` shuffles the order in which blocks run; results must not notice."""
+class Site(NamedTuple):
+    """What it takes to run any phase: the clients, each phase's local update and reduction, the ClientApp."""
+
+    federation: Federation
+    local_of: Callable[[int], tuple[Local, Reducer[Any, Any]]]
+    app: App
+
+
+class Block(NamedTuple):
+    """A run of positions of a cohort, and the clients there."""
+
+    start: int
+    clients: list[int]
+
+
+class BlockGrid(MessageGrid):
+    """Runs phases in blocks of clients. Where blocks run is a subclass's matter; what comes out is not."""
 
     def __init__(
         self,
@@ -93,24 +109,30 @@ class InlineGrid(MessageGrid):
         engine: EngineConfig,
         memory: Memory,
         app: App | None = None,
-        order: Order | None = None,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(len(federation), run_config)
-        self._federation, self._engine, self.memory = federation, engine, memory
-        self._app, self._order = app, order or (lambda starts: starts)
+        self.federation, self.engine, self.memory, self.app = federation, engine, memory, app
+
+    @abstractmethod
+    def parts(
+        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], stacked: bool
+    ) -> Iterator[worker.Partial]:
+        """The answers to all blocks, in any order and grouping."""
+
+    def close(self) -> None:
+        """Let go of whatever runs clients elsewhere."""
 
     def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
         schedule = work.local.passes[0].schedule if work.local.passes else None
-        clients = canonical(cohort, self._federation, schedule.split if schedule else "train")
-        (size, stacked), n = way(self._engine, self._federation.dataset.train, work.local), len(clients)
+        clients = canonical(cohort, self.federation, schedule.split if schedule else "train")
+        (size, stacked), n = way(self.engine, self.federation.dataset.train, work.local), len(clients)
+        blocks = [Block(start, clients[start : start + size]) for start in range(0, n, size)]
         fold: Fold[Any] = Fold(n, reduce.merge)
         done: list[worker.Partial] = []
         with self.memory.together() as remember:  # a round that fails leaves no client with a memory of it
-            for start in self._order(list(range(0, n, size))):
-                guests = [Guest(c, self.memory.get(c)) for c in clients[start : start + size]]
-                part = worker.run(work, self._federation, guests, start, n, reduce, stacked)
-                check(part.failures, self._engine, work)
+            for part in self.parts(work, blocks, n, reduce, stacked):
+                check(part.failures, self.engine, work)
                 for node in part.nodes:
                     fold.add(node)
                 remember(part.memory)
@@ -124,22 +146,51 @@ class InlineGrid(MessageGrid):
             tuple(sorted(failure for part in done for failure in part.failures)),
         )
 
-    def execute(self, messages: list[Message]) -> list[Message]:
-        return [self._reply(message) for message in messages]
 
-    def _reply(self, message: Message) -> Message:
-        if self._app is None:
-            raise ValueError("this grid has no ClientApp to give messages to")
-        client = self.client(message.metadata.dst_node_id)
-        context = self.context(client, from_value(self.memory.get(client) or {}))
-        try:
-            reply = self._app(message, context)
-        except Exception as e:
-            log.debug("client %d", client, exc_info=True)
-            return error_reply(message, reason(e))
-        if context.state:
-            self.memory.update({client: to_value(context.state)})
-        return reply
+class InlineGrid(BlockGrid):
+    """Every client in this process. ``order`` shuffles the order in which blocks run; results must not notice."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        engine: EngineConfig,
+        memory: Memory,
+        app: App | None = None,
+        order: Order | None = None,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(federation, engine, memory, app, run_config)
+        self._order = order or (lambda starts: starts)
+
+    def parts(
+        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], stacked: bool
+    ) -> Iterator[worker.Partial]:
+        by_start = {b.start: b for b in blocks}
+        for start in self._order(list(by_start)):
+            guests = [Guest(c, self.memory.get(c)) for c in by_start[start].clients]
+            yield worker.run(work, self.federation, guests, start, cohort, reduce, stacked)
+
+    def execute(self, messages: list[Message]) -> list[Message]:
+        replies = []
+        for message in messages:
+            client = self.client(message.metadata.dst_node_id)
+            context = self.context(client, from_value(self.memory.get(client) or {}))
+            reply = answer(self.app, message, context)
+            if context.state and not reply.has_error():
+                self.memory.update({client: to_value(context.state)})
+            replies.append(reply)
+        return replies
+
+
+def answer(app: App | None, message: Message, context: Context) -> Message:
+    """What a ClientApp replies; an exception of its becomes an error reply."""
+    if app is None:
+        raise ValueError("this grid has no ClientApp to give messages to")
+    try:
+        return app(message, context)
+    except Exception as e:
+        log.debug("node %d", message.metadata.dst_node_id, exc_info=True)
+        return error_reply(message, reason(e))
 
 
 def check(failures: Iterable[Failure], engine: EngineConfig, work: Work) -> None:

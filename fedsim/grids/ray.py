@@ -1,0 +1,490 @@
+"""Clients in Ray's workers: one machine's cores, its GPUs, or a cluster. The only file that imports ray.
+
+Workers are actors that live as long as the run. Each builds the strategy from the experiment, as the driver did: code
+and closures do not travel. The data set lies in shared memory once a machine. A phase is a few messages a worker, never
+one a client: the broadcast is put once for all, a message names blocks of clients with what these remember, and what
+comes back is the fold of their reports. Long blocks go first, and a worker that is free takes what is left, less at a
+time towards the end. Blocks and the shape of the fold are the config's, so no number depends on any of this.
+
+A worker that dies, or does not answer within ``engine.deadline`` seconds, is replaced, and its blocks run again with
+the same numbers. A block whose worker dies every time is taken apart: the client that kills workers is named, and the
+run's policy decides about it.
+
+Ray is started on loopback only, with a fresh token, without dashboard and usage report, and with a cluster file in a
+home of its own: without one, its start asks the cloud's metadata address where it is.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Context, Message
+from torch import Tensor
+
+from fedsim import config, offline, worker
+from fedsim.block import Guest, Work
+from fedsim.config import Experiment
+from fedsim.data.dataset import Dataset, Federation, Partition, Split
+from fedsim.data.partition import Lists
+from fedsim.errors import FedsimError
+from fedsim.fold import Fold, Node
+from fedsim.grids.flower import error_reply, from_value, identify, to_value
+from fedsim.grids.inline import App, Block, BlockGrid, Site, answer
+from fedsim.memory import Memory
+from fedsim.rng import Key
+from fedsim.types import Payload, Reducer
+from fedsim.worker import Failure, Partial, reason
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's own default, 15, starves workers on a machine that does anything else
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DEDUP_LOGS": "0",
+}
+# Ray reads some of these when it is imported, and every process of it the token.
+os.environ |= QUIET | {"RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+
+import ray  # noqa: E402
+from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+
+log = logging.getLogger("fedsim")
+
+START = 180.0  # seconds in which a worker must be there
+DEATHS = 2  # of workers on one block alone, before it is taken apart
+STILLBORN = 3  # workers in a row that die before they are there
+STORE = 1 << 28  # bytes of the object store besides what is known to go in
+BOOTSTRAP = "cluster_name: local\nprovider: {type: local}\navailable_node_types: {}\n"
+U = TypeVar("U")
+
+
+class Packed(NamedTuple):
+    """A tensor on its way: an array that travels without a copy, and the dtype where numpy has none."""
+
+    array: Any
+    dtype: str | None
+
+
+def pack(value: Any) -> Any:
+    """``value`` with every tensor in it as ``Packed``."""
+    if isinstance(value, Tensor):
+        x = value.detach().cpu().contiguous()
+        return Packed(x.view(torch.int16).numpy(), "bfloat16") if x.dtype == torch.bfloat16 else Packed(x.numpy(), None)
+    return _inside(pack, value)
+
+
+def unpack(value: Any, device: torch.device | str = "cpu") -> Any:
+    """The inverse of ``pack``; tensors have memory of their own, which may be written."""
+    if isinstance(value, Packed):
+        x = torch.from_numpy(np.array(value.array))
+        return (x.view(torch.bfloat16) if value.dtype else x).to(device)
+    return _inside(partial(unpack, device=device), value)
+
+
+def _inside(f: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: f(x) for name, x in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(f(x) for x in value))
+    if isinstance(value, list | tuple):
+        return type(value)(f(x) for x in value)
+    return value
+
+
+class World(NamedTuple):
+    """A federation on its way: arrays that a machine's workers read in place."""
+
+    name: str
+    train: tuple[Any, Any]
+    test: tuple[Any, Any]
+    classes: int
+    partition: Partition | None  # None: the worker makes it again from the config
+    holdout: float
+    key: Key
+
+
+def export(federation: Federation) -> World:
+    """The world as Ray stores it. Partitions that are lists travel; others are cheap to make, or not ours."""
+    d = federation.dataset
+
+    def arrays(s: Split) -> tuple[Any, Any]:
+        return s.x.cpu().numpy(), s.y.cpu().numpy()
+
+    held = federation.partition if isinstance(federation.partition, Lists) else None
+    return World(d.name, arrays(d.train), arrays(d.test), d.classes, held, federation.holdout, federation.key)
+
+
+def load(world: World, experiment: Experiment, device: torch.device) -> Federation:
+    """The federation of a world. On a CPU its tensors are the shared memory itself, which nobody writes."""
+    from fedsim import data
+
+    def split(arrays: tuple[Any, Any]) -> Split:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch cannot mark memory as read-only, and says so
+            x, y = (torch.from_numpy(a) for a in arrays)
+        return Split(x.to(device), y.to(device))
+
+    if world.partition is None:
+        whole = data.federation(experiment.data, experiment.seed)
+        dataset = whole.dataset._replace(train=split(world.train), test=split(world.test))
+        return Federation(dataset, whole.partition, world.holdout, world.key)
+    dataset = Dataset(world.name, split(world.train), split(world.test), world.classes)
+    return Federation(dataset, world.partition, world.holdout, world.key)
+
+
+class Actor:
+    """A worker: builds its site once, and runs what it is told."""
+
+    def __init__(self, tables: dict[str, Any], world: World, secret: Key | None) -> None:
+        offline.prepare()
+        identify()
+        logging.getLogger("fedsim").setLevel(logging.ERROR)  # what matters is in the answers
+        from fedsim import run
+
+        experiment = config.parse(tables)
+        self._device = run.device(experiment.engine.device)
+        self._site: Site = run.site(experiment, load(world, experiment, self._device), secret)
+        self._shared: tuple[int, Payload] = (-1, {})
+
+    def hello(self) -> int:
+        """This process's number, once it is ready."""
+        return os.getpid()
+
+    def blocks(
+        self,
+        serial: int,
+        about: tuple[int, int, Key],
+        shared: Any,
+        blocks: list[tuple[int, list[Guest]]],
+        cohort: int,
+        stacked: bool,
+    ) -> Any:
+        """Run blocks of a phase, and fold what they report."""
+        if self._shared[0] != serial:
+            self._shared = serial, unpack(shared, self._device)
+        round, phase, key = about
+        local, reduce = self._site.local_of(phase)
+        work = Work(round, phase, local, self._shared[1], key)
+        fold: Fold[Any] = Fold(cohort, reduce.merge)
+        total = Partial([], {}, (), 0, 0, 0)
+        for start, guests in blocks:
+            mine = [g._replace(memory=unpack(g.memory, self._device)) for g in guests]
+            part = worker.run(work, self._site.federation, mine, start, cohort, reduce, stacked)
+            for node in part.nodes:
+                fold.add(node)
+            total = together(total, part)
+        return pack(total._replace(nodes=fold.nodes()))
+
+    def messages(self, items: list[tuple[Message, Context]]) -> list[tuple[Message, Any]]:
+        """What the ClientApp replies, and each node's new state."""
+        out = []
+        for message, context in items:
+            reply = answer(self._site.app, message, context)
+            out.append((reply, None if reply.has_error() else pack(to_value(context.state))))
+        return out
+
+
+def together(a: Partial, b: Partial) -> Partial:
+    """Two answers as one, but for the nodes, which are the first's."""
+    return Partial(
+        a.nodes,
+        a.memory | b.memory,
+        a.failures + b.failures,
+        a.clients + b.clients,
+        a.examples + b.examples,
+        a.bytes_up + b.bytes_up,
+    )
+
+
+class Unit(NamedTuple, Generic[U]):
+    """A piece of work that a worker does as a whole; ``alone``: in a message of its own."""
+
+    what: U
+    cost: float
+    alone: bool = False
+    deaths: int = 0
+
+
+class Answer(NamedTuple, Generic[U]):
+    """What came of some units; ``died`` says how workers ended on the only one."""
+
+    units: list[U]
+    result: Any
+    died: str | None = None
+
+
+class _Running(NamedTuple):
+    """A message on its way. ``hello``: it is a new worker's first sign of life."""
+
+    actor: Any
+    units: list[Unit[Any]]
+    until: float
+    hello: bool = False
+
+
+class Pool:
+    """The workers. Their number stays what it is, whoever dies."""
+
+    def __init__(self, make: Callable[[], Any], size: int, deadline: float | None, local: bool) -> None:
+        self._make, self._deadline, self._local = make, deadline, local
+        self._pids: dict[Any, int] = {}
+        self._running: dict[Any, _Running] = {}
+        self._free: list[Any] = []
+        self._stillborn = 0
+        self.replaced = 0
+        for _ in range(size):
+            self._new()
+        self.size = size
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the workers that are there."""
+        return list(self._pids.values())
+
+    def _new(self) -> None:
+        actor = self._make()
+        self._running[actor.hello.remote()] = _Running(actor, [], time.monotonic() + START, hello=True)
+
+    def run(self, units: Sequence[Unit[U]], call: Callable[[Any, list[U]], Any]) -> Iterator[Answer[U]]:
+        """Have all units done, the first ones first. ``call(actor, units)`` sends a message."""
+        queue, left = deque(units), sum(u.cost for u in units)
+        try:
+            while queue or any(r.units for r in self._running.values()):
+                while queue and self._free:
+                    chunk = [queue.popleft()]
+                    cost = chunk[0].cost
+                    while queue and not chunk[0].alone and not queue[0].alone and cost < left / (2 * self.size):
+                        chunk.append(queue.popleft())
+                        cost += chunk[-1].cost
+                    left -= cost
+                    actor = self._free.pop()
+                    until = time.monotonic() + self._deadline if self._deadline else float("inf")
+                    self._running[call(actor, [u.what for u in chunk])] = _Running(actor, chunk, until)
+                for was, result, how in self._ended():
+                    if how is None:
+                        self._free.append(was.actor)
+                        if was.units:
+                            yield Answer([u.what for u in was.units], result)
+                        continue
+                    self._replace(was.actor)
+                    for unit in was.units:
+                        deaths = unit.deaths + (len(was.units) == 1)
+                        if deaths >= DEATHS:
+                            yield Answer([unit.what], None, how)
+                        else:
+                            queue.appendleft(unit._replace(alone=True, deaths=deaths))
+                            left += unit.cost
+        finally:
+            # Whoever asked may have given up: what is still on its way then belongs to nobody.
+            self._running = {ref: r._replace(units=[]) for ref, r in self._running.items()}
+
+    def _ended(self) -> list[tuple[_Running, Any, str | None]]:
+        """Wait for something to end: (what it was, the result, how the worker died if it did)."""
+        soonest = min(r.until for r in self._running.values())
+        wait = None if soonest == float("inf") else max(0.0, soonest - time.monotonic())
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=wait)
+        out: list[tuple[_Running, Any, str | None]] = []
+        for ref in ready:
+            was = self._running.pop(ref)
+            try:
+                result = ray.get(ref)
+            except RayTaskError as e:
+                raise FedsimError(f"a worker failed: {reason(e.cause)}") from e
+            except RayActorError as e:
+                self._died(was, e)
+                out.append((was, None, "its worker died"))
+                continue
+            if was.hello:
+                self._pids[was.actor], self._stillborn = result, 0
+            out.append((was, result, None))
+        now = time.monotonic()
+        for ref, was in [(ref, was) for ref, was in self._running.items() if was.until <= now]:
+            del self._running[ref]
+            if was.hello:
+                raise FedsimError(f"a worker was not there after {START:g} seconds")
+            log.warning("a worker did not answer within %g seconds; it is replaced", self._deadline)
+            out.append((was, None, f"its worker did not answer within {self._deadline:g} seconds"))
+        return out
+
+    def _died(self, was: _Running, e: Exception) -> None:
+        if not was.hello:
+            log.warning("a worker died; it is replaced, and its blocks run again")
+            return
+        self._stillborn += 1
+        if self._stillborn >= STILLBORN:
+            cause = next((line for line in reversed(str(e).strip().splitlines()) if line.strip()), type(e).__name__)
+            raise FedsimError(f"workers die before they can work: {cause.strip()}") from e
+
+    def _replace(self, actor: Any) -> None:
+        """Make sure that it is dead, and start another. A dead worker never comes back into the pool."""
+        pid = self._pids.pop(actor, None)
+        if pid is not None and self._local:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # a stopped process does not hear Ray
+        with contextlib.suppress(Exception):
+            ray.kill(actor, no_restart=True)
+        self.replaced += 1
+        self._new()
+
+    def close(self) -> None:
+        """End all workers."""
+        for actor in [*self._free, *(r.actor for r in self._running.values())]:
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
+        self._free, self._running, self._pids = [], {}, {}
+
+
+def fit(gpus: int, memory: int, one: int, cores: int) -> tuple[int, float]:
+    """Workers, and each one's share of a GPU: as many as a GPU's ``memory`` holds of ``one``, both in bytes.
+
+    A tenth of the memory stays free. No more workers than cores, and no more than eight a GPU: they queue for its
+    units. At least one a GPU, whatever it measures: blocks get smaller before workers do.
+    """
+    each = max(1, min(8, int(memory * 0.9) // max(one, 1), cores // max(gpus, 1)))
+    return gpus * each, 1 / each
+
+
+class Cluster:
+    """Ray, started for this process or joined where ``RAY_ADDRESS`` names a cluster."""
+
+    def __init__(self, workers: int, gpus: int, store: int) -> None:
+        self._home: Path | None = None
+        self.local = not os.environ.get("RAY_ADDRESS")
+        if ray.is_initialized():
+            raise FedsimError("engine.kind: this process already runs Ray; close the other session first")
+        if not self.local:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            return
+        self._home = Path(tempfile.mkdtemp(prefix="fs-"))  # short: paths of sockets have 107 bytes
+        (self._home / "ray_bootstrap_config.yaml").write_text(BOOTSTRAP)
+        home = os.environ.get("HOME")
+        os.environ["HOME"] = str(self._home)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(
+                    address="local",
+                    num_cpus=workers,
+                    num_gpus=gpus,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    object_store_memory=store,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(self._home),
+                )
+        except Exception as e:
+            shutil.rmtree(self._home, ignore_errors=True)
+            raise FedsimError(f"Ray cannot be started: {reason(e)}") from e
+        finally:
+            if home is None:
+                del os.environ["HOME"]
+            else:
+                os.environ["HOME"] = home
+
+    def close(self) -> None:
+        """Stop it, and leave nothing behind."""
+        ray.shutdown()
+        if self._home is not None:
+            shutil.rmtree(self._home, ignore_errors=True)
+
+
+class RayGrid(BlockGrid):
+    """Every client in one of Ray's workers. Close it, or the workers stay until this process ends."""
+
+    def __init__(
+        self, experiment: Experiment, federation: Federation, memory: Memory, app: App | None, secret: Key | None
+    ) -> None:
+        super().__init__(federation, experiment.engine, memory, app)
+        engine, device = experiment.engine, federation.dataset.train.x.device
+        cores = len(os.sched_getaffinity(0))
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        workers, share = (cores, 0.0) if engine.workers == "auto" else (int(engine.workers), 0.0)
+        if gpus:
+            if engine.workers == "auto":
+                used = max(torch.cuda.max_memory_reserved(device), 1 << 30)
+                workers, share = fit(gpus, torch.cuda.get_device_properties(device).total_memory, used, cores)
+            else:
+                share = min(1.0, gpus / workers)
+        data = sum(x.numel() * x.element_size() for s in federation.dataset[1:3] for x in (s.x, s.y))
+        self._cluster = Cluster(workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
+        tables = config.dump(experiment)
+        tables["engine"] |= {"kind": "inline"}
+        world = ray.put(export(federation))
+        remote = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0, max_task_retries=0)(Actor)
+        self.pool = Pool(lambda: remote.remote(tables, world, secret), workers, engine.deadline, self._cluster.local)
+        self._serial = 0
+        on = f"{gpus} GPUs, {share:.2g} of one each" if gpus else f"{cores} cores"
+        log.info("clients run in %d workers of Ray on %s", workers, on)
+
+    def close(self) -> None:
+        self.pool.close()
+        self._cluster.close()
+
+    def parts(
+        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], stacked: bool
+    ) -> Iterator[Partial]:
+        self._serial += 1
+        send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, stacked)
+        for done in self.pool.run([Unit(b, self._cost(b.clients)) for b in blocks], send):
+            if done.died is None:
+                yield unpack(done.result)
+            else:
+                yield from self._without_the_poisonous(done.units[0], done.died, send)
+
+    def _cost(self, clients: Sequence[int]) -> float:
+        """What a block costs, about: its examples, and a step's worth for each client."""
+        return sum(len(self.federation.indices(c, "train")) + 10.0 for c in clients)
+
+    def _send(
+        self, serial: int, work: Work, shared: Any, cohort: int, stacked: bool, actor: Any, blocks: list[Block]
+    ) -> Any:
+        out = [(b.start, [Guest(c, pack(self.memory.get(c))) for c in b.clients]) for b in blocks]
+        return actor.blocks.remote(serial, (work.round, work.phase, work.key), shared, out, cohort, stacked)
+
+    def _without_the_poisonous(
+        self, block: Block, how: str, send: Callable[[Any, list[Block]], Any]
+    ) -> Iterator[Partial]:
+        """Run the clients of a block one by one, to find who kills workers; the others count, at their positions."""
+        units = [Unit(Block(block.start + i, [c]), 1.0, True, DEATHS - 1) for i, c in enumerate(block.clients)]
+        for done in self.pool.run(units, send):
+            if done.died is None:
+                yield unpack(done.result)
+                continue
+            start, (client,) = done.units[0]
+            yield Partial([Node(0, start, None)], {}, (Failure(client, done.died),), 0, 0, 0)
+
+    def execute(self, messages: list[Message]) -> list[Message]:
+        """Messages go to workers in runs; those of a round share their content, which a run carries once."""
+        replies: dict[int, Message] = {}
+
+        def send(actor: Any, numbers: list[int]) -> Any:
+            items = []
+            for i in numbers:
+                client = self.client(messages[i].metadata.dst_node_id)
+                items.append((messages[i], self.context(client, from_value(self.memory.get(client) or {}))))
+            return actor.messages.remote(items)
+
+        for done in self.pool.run([Unit(i, 1.0) for i in range(len(messages))], send):
+            if done.died is not None:
+                replies[done.units[0]] = error_reply(messages[done.units[0]], done.died)
+                continue
+            for i, (reply, state) in zip(done.units, done.result, strict=True):
+                replies[i] = reply
+                if state:
+                    self.memory.update({self.client(messages[i].metadata.dst_node_id): unpack(state)})
+        return [replies[i] for i in range(len(messages))]
