@@ -152,18 +152,22 @@ def adapted(task: Task, layers: Sequence[Layer], alpha: float, base: Tree, fixed
     The scale is α/r with r the number of rows of A, so that clients may differ in rank.
     """
 
+    own = [name for name in start if name in base and base[name].ndim == 2]
+
     def whole(params: Tree, clients: int = 0) -> Tree:
         known, out = fixed | params, base | {name: p for name, p in params.items() if name in base}
         for layer in layers:
             A, B = known[layer.A], known[layer.B]
             parts = (A, known[layer.R], B) if layer.R in known else (A, B)
             out[layer.weight] = _Sum.of(out[layer.weight], parts, alpha / A.shape[-2], clients)
+        if clients:  # a head of each client's own
+            out |= {name: _Sum.of(out[name], (), 0.0, clients) for name in own}
         return out
 
     return task._replace(
         init=lambda generator: tree.map(lambda x: x.clone(), start),
         predict=lambda params, x: task.predict(whole(params), x),
-        loss=_Loss(task, whole, folds=not any(name in base for name in start)),
+        loss=_Loss(task, whole),
         score=lambda params, batch: task.score(whole(params), batch),
         module=None,
     )
@@ -240,15 +244,13 @@ def _pair(layer: Layer, alpha: float, factors: Tree, change: Tensor | None) -> t
 class _Loss:
     """The loss as a function of the adapters, with a formulation for blocks (``fedsim.autodiff.Block``)."""
 
-    def __init__(self, task: Task, whole: Callable[..., Tree], folds: bool) -> None:
+    def __init__(self, task: Task, whole: Callable[..., Tree]) -> None:
         self._task, self._whole = task, whole
-        if folds:
-            self.block = self._block
 
     def __call__(self, params: Tree, batch: Batch) -> Tensor:
         return self._task.loss(self._whole(params), batch)
 
-    def _block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+    def block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Values [K] and gradients [K, …] of K clients, from one pass over all their examples."""
         fine = _FOLDS.get(id(self._task.loss))
         if fine is not None and fine[1]:
@@ -324,6 +326,8 @@ class _Sum(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear and not kwargs and isinstance(args[1], cls) and not isinstance(args[0], cls):
                 x, weight, *bias = args
+                if not weight._parts:
+                    return weight._apart(x, *bias)
                 return F.linear(x, weight, *bias).as_subclass(Tensor) + weight._scale * weight._low(x)
             if func in _ABOUT:
                 return func(*args, **kwargs)
@@ -338,6 +342,13 @@ class _Sum(Tensor):
             else:
                 x = (x.reshape(self._clients, -1, x.shape[-1]) @ factor.mT).view(*x.shape[:-1], -1)
         return x
+
+    def _apart(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b with W [K, rows, columns] and b [K, rows] of each client's own."""
+        y = x.reshape(self._clients, -1, x.shape[-1]) @ self.as_subclass(Tensor).mT
+        if bias is not None:
+            y = y + bias[:, None]
+        return y.view(*x.shape[:-1], -1)
 
     def _formed(self) -> Tensor:
         if self._clients:
