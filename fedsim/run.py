@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import checkpoint, config, data, files, privacy, record, registry, tree
+from fedsim import attack, checkpoint, config, data, files, privacy, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -32,6 +32,7 @@ from fedsim.worker import Failure, reason
 from server import foreign
 from server.flower import Messages
 from server.loop import Driver, Native, Panel, Round, rounds
+from server.nodes import NAME, Deployment
 from server.reduce import collect
 
 log = logging.getLogger("fedsim")
@@ -52,6 +53,7 @@ class Session(NamedTuple):
     grid: BlockGrid
     site: Site
     private: Private | None = None
+    attacker: attack.Attacker | None = None
 
     def close(self) -> None:
         """End the workers, where there are any."""
@@ -72,7 +74,11 @@ def build(experiment: Experiment, order: Order | None = None, secret: Key | None
     task: Task = registry.build(
         "tasks", experiment.task.model, "task.model", experiment.task, federation.dataset, population
     )
-    return assemble(experiment, federation, task, order, secret)
+    session = assemble(experiment, federation, task, order, secret)
+    if experiment.attack is None or not experiment.attack.every:
+        return session
+    sigma = session.private.sigma if session.private else None
+    return session._replace(attacker=attack.build(experiment, federation, task, sigma))
 
 
 def assemble(
@@ -180,6 +186,34 @@ class _Phase(NamedTuple):
     local: Any
 
 
+def deployed(session: Session, deployment: Deployment) -> Session:
+    """The session with its clients at the nodes of a deployment, as they are: some may be missing, or lie."""
+    experiment, driver, private = session.experiment, session.driver, session.private
+    if experiment.attack is not None:
+        raise ConfigError("attack: belongs to simulations; at a deployment's nodes there is nothing to look into")
+    cohort, population = experiment.strategy.cohort, len(session.federation)
+    sigma = {"sigma": private.sigma} if private and private.config.mode == "example" else {}
+    least = cohort if isinstance(driver, foreign.Driver) else 1  # Flower's strategies would wait without end
+    nodes = deployment.connect(population, least, sigma)
+
+    def on_failure(failures: tuple[Failure, ...], work: Work) -> None:
+        check(failures, experiment.engine, work)
+
+    executor = Messages(nodes, nodes.node, canonical=nodes.canonical, on_failure=on_failure)
+    if isinstance(driver, foreign.Driver):
+        return session._replace(driver=driver.over(nodes, executor))
+    choose = nodes.choose(Key.root(experiment.seed), cohort)
+    if private:
+        drawn = private.choose  # what is accounted for, whoever is here
+
+        def choose(round: int) -> list[int]:
+            nodes.gather(round)
+            return drawn(round)
+
+    assert isinstance(driver, Native)
+    return session._replace(driver=driver.over(executor, choose))
+
+
 def device(name: str) -> torch.device:
     """The device of a config's name. Raises ``ConfigError`` where a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -194,6 +228,7 @@ def run(
     resume: bool = False,
     show: Callable[[Mapping[str, Any]], None] = lambda line: None,
     order: Order | None = None,
+    deployment: Deployment | None = None,
 ) -> dict[str, Any]:
     """Run an experiment into a folder, and return its summary (``summary.json``).
 
@@ -204,8 +239,12 @@ def run(
     check_folder(out, resume)
     if resume:
         check_same(experiment, out)
+        if deployment is None and (out / NAME).exists():
+            raise ResumeError(f"--resume: the clients of {out} are a deployment's; go on with fedsim deploy run")
     secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
     session = build(experiment, order, secret)
+    if deployment:
+        session = deployed(session, deployment)
     state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)
     with lock(out), closing(session):
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
@@ -219,6 +258,8 @@ def run(
         last = account.affordable(done, experiment.rounds) if account else experiment.rounds
         if account:
             privacy.keep(account.private, out / "checkpoint")
+        if deployment:
+            files.write(out / NAME, deployment.name.encode())
         began = (out / record.METRICS).exists()
         dumped = config.dump(experiment)
         opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
@@ -271,6 +312,7 @@ def _rounds(
     steps = rounds(session.driver, state, done + 1, last, due)
     for number in range(done + 1, last + 1):
         try:
+            leaked = leaks(session, state, number, book.folder)  # what this round sends, before it does
             finished = next(steps)
             line = measure(session, finished, due(number))
         except FedsimError:
@@ -285,6 +327,7 @@ def _rounds(
         if account:
             account = account.after(number)
             line = privacy.public(account, line)
+        line |= leaked
         try:
             book.append(line)
             if finished.scores is not None:
@@ -298,6 +341,14 @@ def _rounds(
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
         show(line)
     return state
+
+
+def leaks(session: Session, state: Any, round: int, folder: Path) -> dict[str, float]:
+    """The figures of an attack on this round, with its pictures in the folder; {} in a round that is not attacked."""
+    of, attacker = session.experiment.attack, session.attacker
+    if of is None or attacker is None or (round - 1) % of.every:
+        return {}
+    return attack.save(folder, attacker(state, session.memory, round), round, of.model_dump(exclude_none=True))
 
 
 def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str, Any]:

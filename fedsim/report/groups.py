@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from fedsim import files, record
 from fedsim.errors import ConfigError
 from fedsim.progress import duration, number, size
-from fedsim.report import figures, page
+from fedsim.report import figures, leakage, page
 from fedsim.report.figures import Curve
 from fedsim.report.single import traffic
 
@@ -77,7 +78,11 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None, target: float | N
         for run in runs
         if not run.complete
     ]
-    _print(rows, notes, target)
+    _print(*_cells(rows, target), "seeds")
+    if (leaks := _leaks(rows, groups))[1]:
+        _print(*leaks, "seeds")
+    for text in notes:
+        print(f"note: {text}", file=sys.stderr)
     if out is not None:
         done = [[run for run in group if run.complete] for group in groups]
         _draw(rows, done, notes, target, out)
@@ -213,17 +218,20 @@ def _one(s: Stat, form: Callable[[float], str]) -> str:
     return "-" if s.mean is None else form(s.mean)
 
 
-def _print(rows: Sequence[Row], notes: Sequence[str], target: float | None) -> None:
-    import sys
+def _leaks(rows: Sequence[Row], groups: Sequence[Sequence[Run]]) -> tuple[list[str], list[list[str]]]:
+    """The table of what attacks found, for the groups that were attacked."""
+    done = [[run.summary or {} for run in group if run.complete] for group in groups]
+    return leakage.table([(row.label, summaries) for row, summaries in zip(rows, done, strict=True)])
 
+
+def _print(heads: Sequence[str], lines: Sequence[Sequence[str]], first_number: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    heads, lines = _cells(rows, target)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    first = heads.index("seeds")
+    first = heads.index(first_number)
     for i, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if i >= first else "left", no_wrap=i >= first, overflow="fold")
     for cells in lines:
@@ -231,8 +239,6 @@ def _print(rows: Sequence[Row], notes: Sequence[str], target: float | None) -> N
     # In a pipe there is no width to fit into, and a cut number is worse than a long line.
     console = Console() if sys.stdout.isatty() else Console(width=max(80, 40 + 24 * len(heads)))
     console.print(table)
-    for text in notes:
-        print(f"note: {text}", file=sys.stderr)
 
 
 def _curves(rows: Sequence[Row], groups: Sequence[Sequence[Run]], key: str, by_bytes: bool = False) -> list[Curve]:
@@ -275,12 +281,15 @@ def _draw(
     if by_bytes and max(c.x[-1] for c in by_bytes) > 0:
         svg = figures.chart("accb", "Accuracy by communication", by_bytes, x="bytes sent, both ways", fixed=True)
         cards.append(page.card(svg))
+    leak_heads, leaks = _leaks(rows, groups)
+    table = page.table(leak_heads, leaks, range(1, len(leak_heads)))
     runs = sum(row.runs for row in rows)
     sub = f"{runs} runs in {len(rows)} groups; accuracy is mean ± standard deviation over seeds"
     body = [
         '<div class="top"><h1>Comparison</h1></div>',
         f'<p class="sub">{escape(sub)}</p>',
         page.section("Results", page.table(heads, lines, numeric)),
+        page.section("Leakage", page.note(leakage.CAPTION), table) if leaks else "",
         page.section("Curves", page.grid(cards)) if cards else "",
         page.note("\n".join(notes)) if notes else "",
     ]

@@ -11,7 +11,7 @@ import tomli_w
 
 from fedsim import files, record
 from fedsim.progress import duration, number, size
-from fedsim.report import figures, page
+from fedsim.report import figures, leakage, page
 from fedsim.report.figures import Curve
 
 REPORT, PARTITION, PRIVACY = "report.html", "partition.svg", "privacy.txt"
@@ -30,6 +30,7 @@ def write(run_dir: Path) -> Path:
         *_learning(lines),
         *_gauges(lines),
         *_clients(run_dir),
+        *leakage.section(run_dir),
         *_cost(lines),
         *_failures(lines),
         *_setup(config, summary),
