@@ -96,18 +96,24 @@ def joined(parts: Tree) -> Tensor:
     return torch.cat([parts[n].double() for n, _ in PARTS], dim=-1)
 
 
-def verdict(sent: Floats, kept: Floats, mu: float) -> Check:
-    """μ̂ = (mean of the projections that were sent − of those that were not) / their standard deviation."""
-    sd = math.sqrt((sent.var(ddof=1) + kept.var(ddof=1)) / 2)
+def verdict(name: str, sent: Floats, kept: Floats, mu: float) -> Check:
+    """μ̂ = (mean of the projections that were sent − of those that were not) / the standard deviation of the latter."""
+    sd = float(kept.std(ddof=1))
     found = float(sent.mean() - kept.mean()) / sd if sd > 0 else math.inf
-    error = math.sqrt(1 / len(sent) + 1 / len(kept) + mu**2 / (2 * (len(sent) + len(kept) - 2)))
-    return Check("canaries told apart (mu)", mu, found, (found - mu) / error)
+    error = math.sqrt(1 / sent.size + 1 / kept.size + mu**2 / (2 * kept.size))
+    return Check(name, mu, found, (found - mu) / error)
 
 
 def spread(name: str, values: Floats, deviation: float) -> Check:
     """Noise that is too small. Noise that is too large costs accuracy and no privacy, and is no finding."""
     found = float(np.sqrt(np.mean(values**2)))
     return Check(name, deviation, found, (deviation - found) / (deviation / math.sqrt(2 * values.size)))
+
+
+def thinnest(name: str, rows: Floats, deviation: float) -> Check:
+    """The tensor with the least noise for its size; ``rows`` are whole releases."""
+    parts = np.split(rows, np.cumsum([k for _, k in PARTS])[:-1], axis=1)
+    return max((spread(name, part, deviation) for part in parts), key=lambda check: check.z)
 
 
 def apart(name: str, rows: Floats) -> Check:
@@ -141,9 +147,12 @@ def client_level(mechanism: Mechanism, trials: int, key: Key) -> list[Check]:
         kept.append(total[SIDE // 2 :])
         noise.append(np.stack([(q.numpy() @ x)[SIDE // 2 :] for x in seen[:-1]]))
         empty.append(seen[-1])
+    out, mu = np.stack(kept), math.sqrt(t) / sigma
+    large = np.stack(sent)[:, (np.arange(SIDE // 2) % 40) >= 30]
     return [
-        verdict(np.concatenate(sent), np.concatenate(kept), math.sqrt(t) / sigma),
-        spread("noise where nobody came", np.concatenate(empty), sigma),
+        verdict("canaries told apart (mu)", np.stack(sent), out, mu),
+        verdict("those of the largest clients (mu)", large, out, mu),
+        thinnest("noise where nobody came", np.stack(empty), sigma),
         apart("noise of two rounds (correlation)", np.concatenate(noise, axis=1)),
         apart("noise of two tensors (correlation)", _tensors(np.stack(empty))),
     ]
@@ -213,7 +222,7 @@ def example_level(sigma: float, clip: float, way: dp_sgd.Way, trials: int, key: 
     rare = updates(1, 25, "rare")[:, SIDE // 2 :]
     first = updates(len(x), 1, "one")[:, SIDE // 2 :]
     return [
-        verdict(whole[:, : SIDE // 2].ravel(), whole[:, SIDE // 2 :].ravel(), math.sqrt(t) / sigma),
+        verdict("canaries told apart (mu)", whole[:, : SIDE // 2], whole[:, SIDE // 2 :], math.sqrt(t) / sigma),
         spread("noise over batches that may be empty", rare, sigma * 5),
         spread("noise of one step", first, sigma),
         apart("noise of two clients (correlation)", first),

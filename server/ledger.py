@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.config import MAX_NOISE, MAX_STEPS, MIN_NOISE
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, FedsimError
 
 Accountant = Literal["rdp", "prv", "pld"]
 
@@ -206,13 +206,14 @@ def calibrate(
     # One history is followed, the worst; the others are looked at again when its σ is found.
     units = list(histories(1.0))
     at = units.index(worst(set(units), delta, accountant)[1])
-    while True:
+    for _ in range(len(units) + 1):
         sigma = _solve(lambda s, at=at: epsilon(histories(s)[at], delta, accountant), target)  # type: ignore[misc]
         units = list(histories(sigma))
         cost, leader = worst(set(units), delta, accountant)
         if cost <= target:
             return sigma
         at = units.index(leader)
+    raise FedsimError(f"privacy.target_epsilon: no noise multiplier was found for {target:g}")
 
 
 def _solve(cost: Callable[[float], float], target: float) -> float:

@@ -18,7 +18,6 @@ be told apart (Mironov 2012; Jin et al. 2021, arXiv:2112.05307). It is a mitigat
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -103,8 +102,14 @@ def client_level(strategy: Strategy[S], mechanism: Mechanism) -> Strategy[Guarde
     _ = mechanism.value_sigma
     if mechanism.adaptive and len(strategy.phases) > 1:
         raise ConfigError("privacy.adaptive: needs a strategy of one exchange a round; phases differ in their norms")
-    quiet, start = silent(strategy), strategy.init(Key.root(0).at("template").torch())
-    phases = tuple(noisy(phase, i, len(strategy.phases), mechanism, start) for i, phase in enumerate(quiet.phases))
+    quiet = silent(strategy)
+    state, memory = strategy.init(Key.root(0).at("template").torch()), Payload()
+    phases: list[Phase[Guarded[S]]] = []
+    for i, phase in enumerate(quiet.phases):
+        # One round of nothing, in which nobody's data is seen: it gives the shapes, and finds what cannot work.
+        done = rehearse(phase, i, state, memory)
+        phases.append(noisy(phase, i, len(quiet.phases), mechanism, done.value))
+        state, memory = rehearsed(phase, state, done.value, mechanism), done.memory or memory
 
     def gauges(state: Guarded[S]) -> dict[str, float]:
         own = strategy.gauges(state.inner) if strategy.gauges else {}
@@ -113,7 +118,7 @@ def client_level(strategy: Strategy[S], mechanism: Mechanism) -> Strategy[Guarde
     export, change = strategy.export, cast(Any, strategy)._replace  # a state of another type, all else as it was
     guarded: Strategy[Guarded[S]] = change(
         init=lambda generator: Guarded(strategy.init(generator), 0, mechanism.clip),
-        phases=phases,
+        phases=tuple(phases),
         params=lambda state: strategy.params(state.inner),
         gauges=gauges,
         export=(lambda state: export(state.inner)) if export else None,
@@ -121,12 +126,8 @@ def client_level(strategy: Strategy[S], mechanism: Mechanism) -> Strategy[Guarde
     return guarded
 
 
-def noisy(phase: Phase[S], i: int, phases: int, mechanism: Mechanism, start: S) -> Phase[Guarded[S]]:
-    """Phase ``i`` of ``phases`` with its mean replaced by the mechanism. ``start`` is any state: it gives shapes."""
-    refuse(phase, i)
-    template = shapes(phase, start)
-    if not any(template.values()):
-        raise ConfigError("privacy.mode: 'client' protects what clients send, and this strategy's send nothing")
+def noisy(phase: Phase[S], i: int, phases: int, mechanism: Mechanism, template: Payload) -> Phase[Guarded[S]]:
+    """Phase ``i`` of ``phases`` with its mean replaced by the mechanism. ``template``: an example of what is sent."""
 
     def broadcast(state: Guarded[S]) -> Payload:
         return {**phase.broadcast(state.inner), CHANNEL: {"clip": torch.tensor(state.clip, dtype=torch.float64)}}
@@ -165,18 +166,23 @@ def refuse(phase: Phase[Any], i: int) -> None:
         )
 
 
-def shapes(phase: Phase[S], state: S) -> Payload:
-    """What a client sends, with the shapes and dtypes that are expected: from a visit without any data.
+def rehearse(phase: Phase[S], i: int, state: S, memory: Payload) -> Done:
+    """What a client sends and remembers after a visit without any data: its names, shapes and dtypes.
 
-    Raises ``ConfigError`` where a channel is the model and not a change of it: clipping would pull it to zero.
+    Raises ``ConfigError`` where nothing is sent, or a channel is the model and not a change of it, which clipping would
+    pull to zero.
     """
+    refuse(phase, i)
     shared, device = phase.broadcast(state), "cpu"
     for part in shared.values():
         for x in part.values():
             device = str(x.device)
     one = torch.ones((), device=device)
-    memory = phase.local.remember(shared, Key.root(0).torch()) if phase.local.remember else {}
+    if not memory and phase.local.remember:
+        memory = phase.local.remember(shared, Key.root(0).torch())
     done = phase.local.final(shared, phase.local.init(shared, memory, Visit(1, one.long(), one.long())))
+    if not any(done.value.values()):
+        raise ConfigError("privacy.mode: 'client' protects what clients send, and this strategy's send nothing")
     model = shared.get("params", {})
     moved = any(x.any() for x in model.values())
     for channel, part in done.value.items():
@@ -184,7 +190,20 @@ def shapes(phase: Phase[S], state: S) -> Payload:
             raise ConfigError(
                 f"privacy.mode: 'client' clips a change of the model, and '{channel}' is the model itself"
             )
-    return done.value
+    return done
+
+
+def rehearsed(phase: Phase[S], state: S, value: Payload, mechanism: Mechanism) -> S:
+    """The state after a mean of zeros. ``ConfigError`` where the server reads a metric of its clients."""
+    zeros = {c: {n: torch.zeros_like(x) for n, x in part.items()} for c, part in value.items()}
+    try:
+        return phase.finish(state, Mean(zeros, {}, mechanism.cohort, 0))
+    except KeyError as e:
+        raise ConfigError(
+            f"privacy.mode: 'client' gives the server no metrics of its clients, and this strategy's reads {e}"
+        ) from e
+    except ArithmeticError:  # nothing is divided by nothing in a run: there, the mean has noise
+        return state
 
 
 def conform(value: Payload, template: Payload) -> Payload:
@@ -200,17 +219,20 @@ def conform(value: Payload, template: Payload) -> Payload:
 
 
 def clip(value: Payload, bound: float) -> Clipped:
-    """Scale an update to a norm of at most ``bound``. ``ValueError`` for one that has no finite norm direction."""
+    """Scale an update to a norm of at most ``bound``. ``ValueError`` for one with an element that is not finite."""
     size = norm(value)
-    if not math.isfinite(size):
+    if math.isnan(size):
         raise ValueError("NaN or Inf in its update")
+    if size == math.inf:  # its elements are finite, and their norm is beyond float64: bring both into range
+        small = {c: {n: x * 2.0**-600 for n, x in part.items()} for c, part in value.items()}
+        return clip(small, bound)._replace(bit=-0.5)
     factor = min(1.0, bound / size) if size > 0 else 1.0
     scaled = {c: {n: x * factor for n, x in part.items()} for c, part in value.items()}
     return Clipped(scaled, 0.5 if size <= bound else -0.5)
 
 
 def norm(value: Payload) -> float:
-    """‖value‖ over every tensor of every channel, in float64; NaN where an element is not a finite number."""
+    """‖value‖ over every tensor of every channel, in float64; NaN where an element is not finite."""
     tensors = [x for part in value.values() for x in part.values() if x.numel()]
     plain = math.fsum(float(x.square().sum()) for x in tensors)
     if 1e-250 < plain < 1e250:
@@ -221,7 +243,7 @@ def norm(value: Payload) -> float:
     largest = max((float(x.abs().max()) for x in tensors), default=0.0)
     if largest == 0:
         return 0.0
-    return min(largest * math.sqrt(math.fsum(float((x / largest).square().sum()) for x in tensors)), sys.float_info.max)
+    return largest * math.sqrt(math.fsum(float((x / largest).square().sum()) for x in tensors))
 
 
 def add(a: Clipped, b: Clipped) -> Clipped:

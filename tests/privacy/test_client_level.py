@@ -70,6 +70,7 @@ NASTY = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True, width=64),
     st.sampled_from([0.0, 1e38, -1e38, 3e38, 1e-45, 1.7e308, -1.7e308, 5e-324, math.inf, math.nan]),
 )
+EXTREME = st.sampled_from([1.7e308, -1.7e308, 1e300, 1e155, 3e38, 1e-160, 5e-324])
 
 
 @st.composite
@@ -88,12 +89,13 @@ def messages(draw: st.DrawFn) -> Payload:
         del shapes["b"]
     if kind == "more":
         shapes["z"] = (2,)
+    numbers_of = draw(st.sampled_from([NASTY, EXTREME]))
     if kind == "empty":
         return draw(st.sampled_from([{}, {"delta": {}}]))
 
     def tensor(shape: tuple[int, ...]) -> Tensor:
         n = int(np.prod(shape))
-        numbers = torch.tensor(draw(st.lists(NASTY, min_size=n, max_size=n)), dtype=torch.float64)
+        numbers = torch.tensor(draw(st.lists(numbers_of, min_size=n, max_size=n)), dtype=torch.float64)
         if not dtype.is_floating_point:
             numbers = numbers.nan_to_num(0.0).clamp(-100, 100)
         return numbers.to(dtype).view(shape)
@@ -118,6 +120,39 @@ def test_whatever_a_client_sends_moves_the_sum_by_at_most_c(message: Payload) ->
         assert [f.client for f in failures] == [3]
         assert influence == 0
         assert failures[0].reason
+
+
+@pytest.mark.parametrize(
+    "number", [math.nan, math.inf, -math.inf, 0.0, 5e-324, 1e-160, 1.0, 3e38, 1e155, 1.7e308, -1.7e308]
+)
+@pytest.mark.parametrize("others", [0.0, 1.0, 1.7e308])
+def test_the_clipper_alone_is_safe(number: float, others: float) -> None:
+    """NaN and Inf never come so far on the way through the worker; the clipper does not count on that."""
+    value = {
+        "delta": {
+            "a": torch.tensor([others, number], dtype=torch.float64),
+            "b": torch.full((5,), others, dtype=torch.float64),
+        }
+    }
+    try:
+        clipped = wrap.clip(value, C)
+    except ValueError:
+        assert not math.isfinite(number)
+        return
+    assert math.isfinite(number)
+    size = wrap.norm(clipped.value)
+    assert size <= C * (1 + 1e-12)
+    if abs(number) >= 1 or others:
+        assert size == pytest.approx(C)
+
+
+def test_finite_elements_whose_norm_is_not() -> None:
+    """Found by the test above in an earlier form: a norm cut at the largest float let √8 C through."""
+    huge = {"delta": {n: torch.full(s, 1.7e308, dtype=torch.float64) for n, s in SHAPES.items()}}
+    total, failures = summed([huge])
+    assert not failures
+    assert float(flat(total.value).norm()) == pytest.approx(C, rel=1e-12)
+    assert total.bit == -0.5
 
 
 def test_what_is_within_the_norm_is_not_touched() -> None:
@@ -316,7 +351,8 @@ def test_every_shipped_strategy_that_reduces_by_a_mean_composes(name: str) -> No
     try:
         guarded = client_level(strategy, mechanism)
     except ConfigError as e:
-        if "the model itself" not in str(e) and "send nothing" not in str(e):
+        reasons = ("the model itself", "send nothing", "no metrics of its clients")
+        if not any(reason in str(e) for reason in reasons):
             raise
         return
     ends = []

@@ -226,6 +226,13 @@ def test_what_would_take_all_of_the_memory_is_refused(accountant: ledger.Account
         epsilon(one(0.1, 0.2, 976_563), 1e-5, accountant)
 
 
+def test_tiny_budgets_are_not_negative() -> None:
+    """With much noise and a large δ the conversion's formula gives less than nothing."""
+    for q, sigma, steps, delta in ((1e-4, 1e4, 1, 0.1), (0.01, 100.0, 1, 0.5), (1.0, 1e4, 10, 1e-2)):
+        assert ledger.epsilon(one(q, sigma, steps), delta, "rdp") >= 0
+    assert ledger.epsilon((), 1e-5, "rdp") == 0
+
+
 def test_the_classic_formula_is_not_used() -> None:
     """σ = √(2 ln(1.25/δ))/ε fails above ε ≈ 8: asked for 20 it costs 25.4, asked for 50 it costs 96."""
     for asked, real in ((20, 25.4), (50, 96.4)):
