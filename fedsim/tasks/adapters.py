@@ -252,28 +252,44 @@ class _Loss:
 
     def block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Values [K] and gradients [K, …] of K clients, from one pass over all their examples."""
-        fine = _FOLDS.get(id(self._task.loss))
-        if fine is not None and fine[1]:
+        if self._folds(params, batch):
             return self._fold(params, batch)
-        if fine is None:
-            mine = self._fold(params, batch)
-            first = {name: p[0] for name, p in params.items()}
-            weight = None if batch.weight is None else batch.weight[0]
-            other = value_and_grad(self)(first, Batch(batch.x[0], batch.y[0], weight))
-            if not bool(other[0].isfinite()):
-                return mine  # nothing can be told from numbers that are none
-            good = _close(mine[0][0], other[0]) and all(_close(g[0], other[1][name]) for name, g in mine[1].items())
-            _FOLDS[id(self._task.loss)] = self._task.loss, good  # the loss is kept, so that its id stays its own
-            if good:
-                return mine
-            log.warning("this model does not keep the examples of a batch apart: blocks of clients run by torch.func")
+        if batch.weight is None:
+            batch = batch._replace(weight=torch.ones(batch.y.shape[:2], device=batch.y.device))
         each = torch.func.grad_and_value(lambda p, x, y, w: self(p, Batch(x, y, w)))
-        grads, values = (
-            torch.vmap(each)(params, *batch)
-            if batch.weight is not None
-            else torch.vmap(lambda p, x, y: each(p, x, y, None))(params, batch.x, batch.y)
-        )
+        grads, values = torch.vmap(each)(params, *batch)
         return values, grads
+
+    def _folds(self, params: Tree, batch: Batch) -> bool:
+        """Whether this model can be folded: tried once, with the first two clients of the first block."""
+        known = _FOLDS.get(id(self._task.loss))
+        if known is not None:
+            return known[1]
+        two = [
+            ({name: p[k] for name, p in params.items()}, Batch(*(None if t is None else t[k] for t in batch)))  # type: ignore[arg-type]
+            for k in range(min(2, len(batch.y)))
+        ]
+        if len(two) < 2:
+            return False  # nothing can be told from one
+        plain = [value_and_grad(self)(*one) for one in two]  # a client that fails, fails here, and nothing is learned
+        if not all(bool(value.isfinite()) for value, _ in plain):
+            return False
+        try:
+            values, grads = self._fold(
+                {name: p[:2] for name, p in params.items()},
+                Batch(*(None if t is None else t[:2] for t in batch)),  # type: ignore[arg-type]
+            )
+            good = all(
+                _close(values[k], value) and all(_close(grads[name][k], g) for name, g in own.items())
+                for k, (value, own) in enumerate(plain)
+            )
+        except (RuntimeError, ValueError) as e:
+            log.debug("folding failed: %s", e)
+            good = False
+        if not good:
+            log.warning("this model does not keep the examples of a batch apart: blocks of clients run by torch.func")
+        _FOLDS[id(self._task.loss)] = self._task.loss, good  # the loss is kept, so that its id stays its own
+        return good
 
     def _fold(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """With weights u_kj that sum to 1 for each client, the mean over all K·B examples is Σ_k L_k / Σ u.
