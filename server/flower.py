@@ -3,10 +3,12 @@
 On our own grids a phase is one call for the whole cohort; on any other Flower ``Grid`` it is a message a client.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -14,14 +16,16 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedsim import tree
 from fedsim.block import Work
 from fedsim.fold import Fold, Node
-from fedsim.grids.flower import to_payload, to_record, to_records
+from fedsim.grids.flower import to_record, to_records, to_tree
 from fedsim.grids.inline import Outcome
 from fedsim.rng import Key
-from fedsim.types import Phase, Reducer, Report, Strategy
+from fedsim.types import Payload, Phase, Reducer, Report, Strategy, Visit
 from fedsim.worker import Failure
 from server.loop import Native, rounds
 
 EXAMPLES = "num-examples"
+MOST_EXAMPLES = 1 << 31  # that a client can say it has
+HEADER = 1024  # bytes that an array takes beside its elements, at most
 
 
 class Messages:
@@ -48,12 +52,13 @@ class Messages:
         out = [Message(content, node, kind, group_id=str(work.round)) for node in nodes]
         reports: list[Report | None] = [None] * len(clients)
         failures = {client: Failure(client, "no reply in time") for client in clients}
+        template = expected(work)
         for reply in self._grid.send_and_receive(out, timeout=self._timeout):
             position = nodes.get(reply.metadata.src_node_id)
             if position is None or reports[position] is not None:
                 continue  # a node that was not asked, or a second answer: it counts once
             client = clients[position]
-            result = _report(client, reply)
+            result = _report(client, reply, template)
             if isinstance(result, Failure):
                 failures[client] = result
             else:
@@ -81,17 +86,66 @@ class Messages:
         )
 
 
-def _report(client: int, reply: Message) -> Report | Failure:
-    """A client's report from its reply, or what is wrong with it."""
+def expected(work: Work) -> Payload:
+    """What a client sends, with the names, shapes and dtypes that are expected: from a visit without any data."""
+    shared, local = work.shared, work.local
+    device = next((x.device for part in shared.values() for x in part.values()), torch.device("cpu"))
+    one = torch.ones((), device=device)
+    with torch.no_grad():
+        memory = local.remember(shared, work.key.at("template").torch()) if local.remember else {}
+        return local.final(shared, local.init(shared, memory, Visit(work.round, one.long(), one.long()))).value
+
+
+def _report(client: int, reply: Message, template: Payload) -> Report | Failure:
+    """A client's report from its reply, or what is wrong with it. Nothing in a reply is believed."""
     if reply.has_error():
         return Failure(client, reply.error.reason or "no reason given")
-    metrics = dict(reply.content.metric_records["metrics"])
-    examples = int(metrics.pop(EXAMPLES))  # type: ignore[arg-type]
-    value = to_payload(reply.content)
+    try:
+        conform(reply.content, template)
+        examples, metrics = _measured(reply.content)
+        value = {channel: to_tree(reply.content.array_records[channel]) for channel in template}
+    except (ValueError, TypeError, MemoryError) as e:
+        return Failure(client, f"its reply is malformed: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     for channel, part in value.items():
+        for name, x in part.items():
+            want = template[channel][name]
+            if x.shape != want.shape or x.dtype != want.dtype:
+                return Failure(client, f"its reply is malformed: the data of {channel}: {name} is not what it says")
         if not tree.finite(part):
             return Failure(client, f"NaN or Inf in its update ({channel})")
-    return Report(client, examples, value, {n: float(v) for n, v in metrics.items()})  # type: ignore[arg-type]
+    return Report(client, examples, value, metrics)
+
+
+def conform(content: RecordDict, template: Payload) -> None:
+    """Refuse (``ValueError``) a content whose arrays are not those of ``template`` by what they say of themselves, or
+    have more bytes than such arrays can: before anything is unpacked."""
+    if content.array_records.keys() != template.keys():
+        raise ValueError(f"channels {sorted(content.array_records)} where {sorted(template)} are expected")
+    for channel, part in template.items():
+        record = content.array_records[channel]
+        if record.keys() != part.keys():
+            some = sorted(record.keys() ^ part.keys())[:3]
+            raise ValueError(f"{channel} has other names than expected: {', '.join(some)}")
+        for name, x in part.items():
+            array, dtype = record[name], str(torch.empty(0, dtype=x.dtype).numpy().dtype)
+            if tuple(array.shape) != tuple(x.shape):
+                raise ValueError(f"{channel}: {name} has shape {tuple(array.shape)}, expected {tuple(x.shape)}")
+            if array.dtype != dtype:
+                raise ValueError(f"{channel}: {name} has dtype {array.dtype}, expected {dtype}")
+            if len(array.data) > x.numel() * x.element_size() + HEADER:
+                raise ValueError(f"{channel}: {name} has {len(array.data)} bytes")
+
+
+def _measured(content: RecordDict) -> tuple[int, dict[str, float]]:
+    """The number of examples and the metrics of a reply. ``ValueError`` for any that cannot be."""
+    metrics = dict(content.metric_records.get("metrics", {}))
+    examples = metrics.pop(EXAMPLES, None)
+    if isinstance(examples, bool) or not isinstance(examples, int) or not 0 <= examples <= MOST_EXAMPLES:
+        raise ValueError(f"{EXAMPLES} is {examples!r}")
+    for name, x in metrics.items():
+        if not isinstance(x, int | float) or not math.isfinite(x):
+            raise ValueError(f"{name} is {x!r}")
+    return examples, {n: float(v) for n, v in metrics.items()}  # type: ignore[arg-type]
 
 
 class AsFlower(FlowerStrategy):
@@ -143,7 +197,8 @@ class AsFlower(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         phase = self._only_phase()
         answered = sorted(replies, key=lambda r: r.metadata.src_node_id)
-        results = [_report(m.metadata.src_node_id, m) for m in answered]
+        template = expected(Work(server_round, 0, phase.local, phase.broadcast(self._state), self._key))
+        results = [_report(m.metadata.src_node_id, m, template) for m in answered]
         reports = [r for r in results if isinstance(r, Report)]
         fold: Fold[Any] = Fold(len(reports), phase.reduce.merge)
         for i, report in enumerate(reports):

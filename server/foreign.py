@@ -4,6 +4,7 @@ Flower samples nodes with the global ``random``, and its privacy wrappers draw f
 lent a stream of ours while a strategy's hooks run. What a strategy keeps in its attributes is part of the checkpoint.
 """
 
+import copy
 import importlib
 import inspect
 import random
@@ -26,6 +27,7 @@ from fedsim.grids.inline import Executor, check
 from fedsim.rng import Key
 from fedsim.types import Local, Task, Tree
 from fedsim.worker import Failure, reason
+from server.flower import conform
 from server.loop import ClientScore, Panel, Trained, score_clients
 
 
@@ -106,6 +108,12 @@ class Driver:
         self._strategy = foreign.make(population)
         self._current: dict[str, Any] | None = None  # the attributes that the object has now
 
+    def over(self, grid: Grid, executor: Executor) -> "Driver":
+        """The same server with its clients elsewhere."""
+        other = copy.copy(self)
+        other._grid, other._executor = grid, executor
+        return other
+
     def begin(self) -> State:
         return State(self._task.init(self._key.at("init").torch()), remember(self._strategy))
 
@@ -115,7 +123,7 @@ class Driver:
         config = ConfigRecord({"server-round": round})
         with self._lent("train", round):
             out = list(self._strategy.configure_train(round, to_record(state.w), config, self._grid))
-        replies, failures = self._sorted(list(self._grid.send_and_receive(out)), round)
+        replies, failures = self._sorted(list(self._grid.send_and_receive(out)), round, state.w)
         with self._lent("aggregate", round):
             try:
                 arrays, measured = self._strategy.aggregate_train(round, replies)
@@ -162,7 +170,9 @@ class Driver:
         replies, _ = self._sorted(list(self._grid.send_and_receive(out)), round)
         return _numbers(self._strategy.aggregate_evaluate(round, replies))
 
-    def _sorted(self, replies: list[Message], round: int) -> tuple[list[Message], tuple[Failure, ...]]:
+    def _sorted(
+        self, replies: list[Message], round: int, like: Tree | None = None
+    ) -> tuple[list[Message], tuple[Failure, ...]]:
         """Replies in order of node, those that failed apart, by the run's policy."""
         work = Work(round, 0, self._local, {}, self._key)
         good, bad = [], []
@@ -170,8 +180,8 @@ class Driver:
             client = reply.metadata.src_node_id - 2
             if reply.has_error():
                 bad.append(Failure(client, reply.error.reason or "no reason given"))
-            elif not all(tree.finite(to_tree(r)) for r in reply.content.array_records.values()):
-                bad.append(Failure(client, "NaN or Inf in its update"))
+            elif (problem := _problem(reply.content, like)) is not None:
+                bad.append(Failure(client, problem))
             else:
                 good.append(reply)
         check(bad, self._engine, work)
@@ -226,6 +236,19 @@ def restore(strategy: FlowerStrategy, attributes: Mapping[str, Any]) -> None:
                 getattr(strategy, name).load_state_dict(state)
             case {"value": value}:
                 setattr(strategy, name, value)
+
+
+def _problem(content: RecordDict, like: Tree | None) -> str | None:
+    """What is wrong with a reply: numbers that are none, or arrays that are not the model's (``like``)."""
+    try:
+        for record in content.array_records.values():
+            if like is not None:
+                conform(RecordDict({"arrays": record}), {"arrays": like})
+            if not tree.finite(to_tree(record, like)):
+                return "NaN or Inf in its update"
+    except (ValueError, TypeError, MemoryError) as e:
+        return f"its reply is malformed: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+    return None
 
 
 def _numbers(record: Mapping[str, Any] | None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The loop over rounds. Every run goes through it: our strategies and strangers', in one process or many."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -111,6 +112,12 @@ class Native(Generic[S]):
         self._population, self._cohort, self._panel = population, cohort, panel
         self._streams = streams or key
         self._choose = choose or (lambda round: sampling.uniform(key.at("cohort", round), population, cohort))
+
+    def over(self, executor: Executor, choose: Callable[[int], list[int]] | None) -> "Native[S]":
+        """The same server with its clients elsewhere; ``choose`` as before where None."""
+        other = copy.copy(self)
+        other._executor, other._choose = executor, choose or self._choose
+        return other
 
     @property
     def is_global(self) -> bool:

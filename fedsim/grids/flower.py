@@ -25,8 +25,12 @@ RUN_ID = 1
 
 
 def identify() -> None:
-    """Name this process to Flower; without that a ``Message`` cannot be made outside its own runtime."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+    """Name this process to Flower; without that a ``Message`` cannot be made outside its own runtime, which has named
+    it already."""
+    try:
+        _ = TaskIdentity.run_id
+    except RuntimeError:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
 
 
 def number(message: Message, id: str) -> Message:
@@ -144,6 +148,17 @@ class MessageGrid(Grid):
 
 def error_reply(message: Message, reason: str) -> Message:
     """Tell the server that a client failed."""
+    return failed(message, reason)
+
+
+def answered(message: Message, reply: Message) -> Message:
+    """A reply that came by way of another grid, as the answer of the node that ``message`` was for."""
+    reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+    return reply
+
+
+def failed(message: Message, reason: str) -> Message:
+    """What a node that gives no answer replies."""
     return Message(Error(code=2, reason=reason), reply_to=message)
 
 
@@ -202,3 +217,28 @@ def simulate(
         run=run,
     )
     return sent, failures
+
+
+def register(superlink: str, keys: Iterable[Path]) -> None:
+    """Let SuperNodes with these public keys in; a key that is registered already is not an error."""
+    from flwr.cli.flower_config import read_superlink_connection
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.cli.utils import init_http_client_from_connection
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    client = init_http_client_from_connection(read_superlink_connection(superlink))
+    try:
+        for key in keys:
+            try:
+                client.RegisterNode(request=RegisterNodeRequest(public_key=try_load_public_key(key)))
+            except Exception as e:
+                if "already" not in str(e).lower():
+                    raise
+    finally:
+        client.close()
+
+
+if __name__ == "__main__":
+    import sys
+
+    register(sys.argv[1], [Path(key) for key in sys.argv[2:]])
