@@ -43,10 +43,14 @@ reproduce-fedhyper: $(VENV)/.core  ## FedHyper's claims, judged
 	$(BIN)/fedsim data get shakespeare
 	$(BIN)/fedsim reproduce experiments/fedhyper/claims.toml
 
+reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
+	$(BIN)/fedsim data get mnist
+	$(BIN)/fedsim reproduce experiments/privacy/claims.toml
+
 bench: $(VENV)/.all  ## time the engine on this machine
 	$(BIN)/fedsim bench
 
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: help install demo test test-slow check bench clean reproduce-fedhyper
+.PHONY: help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy

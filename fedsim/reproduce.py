@@ -70,11 +70,12 @@ class Claim(Closed):
 
 
 class Picture(Closed):
-    """Curves over rounds: the mean over seeds, and one standard deviation to either side."""
+    """Curves over rounds, or another key ``x``: the mean over seeds, and one standard deviation to either side."""
 
     file: str = Field(pattern=r"^[\w.-]+\.svg$")
     title: str
     key: str = "accuracy"
+    x: str = "round"
     curves: dict[str, str]
 
 
@@ -230,6 +231,9 @@ def _run(jobs: Sequence[Job], workers: int) -> None:
 
 def _each(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]:
     """Run the jobs, and give each with what failed as it ends. One worker is this process."""
+    offline.prepare()
+    from fedsim.run import stoppable  # only now: Flower reads its switches when it is imported
+
     if workers == 1:
         for job in jobs:
             yield job, _one(job.tables, job.folder)
@@ -238,10 +242,13 @@ def _each(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {pool.submit(_one, job.tables, job.folder): job for job in jobs}
         try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
+            with stoppable():
+                for future in as_completed(waiting):
+                    yield waiting[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # each stops as a run does, and goes on from its checkpoint the next time
             raise
 
 
@@ -253,7 +260,7 @@ def _said(summary: Mapping[str, Any]) -> str:
 def _one(tables: dict[str, Any], folder: Path) -> str | None:
     """One run, from its last checkpoint if it has one. What failed, or None."""
     offline.prepare()
-    from fedsim.run import run  # only now: Flower reads its switches when it is imported
+    from fedsim.run import run
 
     begun = (folder / record.CONFIG).exists()
     if not begun:
@@ -385,11 +392,14 @@ def _draw(picture: Picture, grids: Mapping[str, Grid]) -> bytes:
             {r["round"]: r[picture.key] for r in result.lines if r.get(picture.key) is not None}
             for result in _curve(text, grids)
         ]
+        where = [{r["round"]: r.get(picture.x) for r in result.lines} for result in _curve(text, grids)]
         rounds = sorted(set.intersection(*map(set, found)))
         values = np.array([[f[at] for at in rounds] for f in found])
         band = values.std(axis=0, ddof=1).tolist() if len(found) > 1 else None
-        curves.append(figures.Curve(label, rounds, values.mean(axis=0).tolist(), band))
-    svg = figures.chart("picture", picture.title, curves, wide=True, fixed=picture.key.endswith("accuracy"))
+        xs = np.array([[w[at] for at in rounds] for w in where], dtype=float).mean(axis=0).tolist()
+        curves.append(figures.Curve(label, xs, values.mean(axis=0).tolist(), band))
+    fixed = picture.key.endswith("accuracy")
+    svg = figures.chart("picture", picture.title, curves, x=picture.x, wide=True, fixed=fixed)
     return figures.standalone(svg).encode()
 
 
