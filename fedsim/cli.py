@@ -30,6 +30,9 @@ app.add_typer(new_app, name="new")
 privacy_app = typer.Typer(help="Differential privacy: plan what a run costs, and test its noise.", no_args_is_help=True)
 app.add_typer(privacy_app, name="privacy")
 
+deploy_app = typer.Typer(help="A SuperLink and SuperNodes: start them, run an experiment.", no_args_is_help=True)
+app.add_typer(deploy_app, name="deploy")
+
 File = Annotated[Path, typer.Argument(metavar="FILE", help="an experiment (TOML)")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. strategy.lr=0.1")]  # noqa: UP045
 
@@ -78,6 +81,8 @@ def run(
             raise
         _draw_partition(experiment, folder)
         progress.closing(summary, write(folder))
+        if (folder / "privacy.txt").exists():
+            print((folder / "privacy.txt").read_text())
         folders.append(folder)
     if len(folders) > 1:
         compare(folders, base / "compare.html")
@@ -349,6 +354,62 @@ def _private(file: Path, overrides: list[str] | None) -> Any:
     from fedsim.run import build
 
     return build(experiment).private
+
+
+DeployFolder = Annotated[Path, typer.Option("--dir", help="where a deployment keeps keys, logs and nodes' memories")]
+LocalFlag = Annotated[bool, typer.Option("--local", help="processes on loopback instead of containers")]
+DEPLOYMENT = Path(".fedsim/deploy")
+
+
+@deploy_app.command("up")
+def deploy_up(
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="SuperNodes (in containers: at most 5)")] = 3,
+    local: LocalFlag = False,
+    folder: DeployFolder = DEPLOYMENT,
+) -> None:
+    """Start a SuperLink and SuperNodes, with TLS and node keys made on first use."""
+    from fedsim import deploy
+
+    if local:
+        deploy.Local(folder).up(nodes)
+    else:
+        deploy.Compose(Path.cwd()).up(nodes)
+
+
+@deploy_app.command("run")
+def deploy_run(
+    file: File,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; default: runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    timeout: Annotated[int, typer.Option(min=1, help="seconds that clients have to answer")] = 600,
+    wait: Annotated[int, typer.Option(min=0, help="seconds to wait for nodes")] = 60,
+    local: LocalFlag = False,
+    folder: DeployFolder = DEPLOYMENT,
+) -> None:
+    """Run an experiment over the nodes of a deployment: client k is the node with partition-id k."""
+    from fedsim import config, deploy, progress
+    from fedsim.report import write
+
+    if resume and out is None:
+        raise ConfigError("--resume: needs --out, the folder of the run")
+    experiment = config.parse(config.override(config.read(file), overrides or []))
+    out = out or Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    settings: dict[str, Any] = {"resume": resume, "timeout": timeout, "wait": wait}
+    where = deploy.Local(folder) if local else deploy.Compose(Path.cwd())
+    summary = where.run(experiment, out, echo=sys.stdout, **settings)
+    progress.closing(summary, write(out))
+
+
+@deploy_app.command("down")
+def deploy_down(local: LocalFlag = False, folder: DeployFolder = DEPLOYMENT) -> None:
+    """End every process of a deployment; keys, memories and runs stay."""
+    from fedsim import deploy
+
+    if local:
+        deploy.Local(folder).down()
+    else:
+        deploy.Compose(Path.cwd()).down()
 
 
 @new_app.command("strategy")
