@@ -448,6 +448,13 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> l
         x, y, here = a.get(key), b.get(key), f"{path}{key}"
         if isinstance(x, Mapping) and isinstance(y, Mapping):
             out += differences(x, y, f"{here}.")
-        elif x != y:
+        elif _plain(x) != _plain(y):
             out.append(here)
     return out
+
+
+def _plain(value: Any) -> Any:
+    """A value as TOML gives it back: without tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
