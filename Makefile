@@ -47,10 +47,18 @@ reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
 	$(BIN)/fedsim data get mnist
 	$(BIN)/fedsim reproduce experiments/privacy/claims.toml
 
+reproduce-hyperfl: $(VENV)/.all  ## HyperFL's and MIP's claims, and what attackers reconstruct, judged
+	$(BIN)/fedsim data get fashion_mnist
+	$(BIN)/fedsim reproduce experiments/hyperfl/claims.toml
+
+reproduce-hyperfl-quick: $(VENV)/.all  ## the same for two rounds of one seed: does it run?
+	$(BIN)/fedsim data get fashion_mnist
+	$(BIN)/fedsim reproduce experiments/hyperfl/claims.toml --quick
+
 bench: $(VENV)/.all  ## time the engine on this machine
 	$(BIN)/fedsim bench
 
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy
+.PHONY: help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick
