@@ -44,7 +44,7 @@ from pydantic import Field
 from fedsim import claims, config, files, offline, record
 from fedsim.claims import Grid, Result, Table
 from fedsim.config import Closed
-from fedsim.errors import ConfigError, FedsimError
+from fedsim.errors import ConfigError, FedsimError, Stopped
 from fedsim.report import figures
 
 FREE = ("name", "checkpoint")  # tables of a config that decide no number of a run
@@ -267,6 +267,10 @@ def _one(tables: dict[str, Any], folder: Path) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         run(config.parse(tables), folder, resume=begun)
+    except Stopped as e:
+        if multiprocessing.parent_process() is None:
+            raise
+        os._exit(e.exit_code)  # an exception would only make the pool's worker take up the next run
     except FedsimError as e:
         return str(e)
     return None
