@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsim import files
-from fedsim.benches import proc
+from fedsim.benches import lora, proc
 from fedsim.errors import ConfigError, FedsimError, did_you_mean
 
 HERE = Path(__file__).parent / "benches"
@@ -176,6 +176,7 @@ def workloads(data: str) -> dict[str, Workload]:
             "Opacus's engine",
         ),
     ]
+    found += [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in lora.specs()]
     return {w.name: w for w in found}
 
 
