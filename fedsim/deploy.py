@@ -245,6 +245,61 @@ class Local:
         return submit(app, self.home, out, settings.get("echo"))
 
 
+class Compose:
+    """A deployment of containers, as ``docker-compose.yml`` describes it."""
+
+    def __init__(self, project: Path) -> None:
+        self.project = project
+        if not (project / "docker-compose.yml").exists():
+            raise ConfigError(
+                f"{project}: has no docker-compose.yml; call fedsim deploy in the source, or with --local"
+            )
+        self.engine = engine()
+
+    def _call(self, *args: str, **kwargs: Any) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*self.engine, *args], cwd=self.project, text=True, check=False, **kwargs)
+
+    def up(self, nodes: int) -> None:
+        """Build the image and start the services. Raises ``FedsimError`` where the engine fails."""
+        if nodes not in (3, 5):
+            raise ConfigError(f"--nodes: docker-compose.yml describes 3 or 5 SuperNodes (got {nodes})")
+        profiles = ["--profile", "five"] if nodes == 5 else []
+        if self._call(*profiles, "up", "--build", "--detach").returncode:
+            raise FedsimError("the containers did not start; what the engine says is above")
+
+    def down(self) -> None:
+        """Stop and remove the containers; their volumes stay."""
+        self._call("--profile", "five", "--profile", "ray", "down", "--timeout", "10")
+
+    def run(self, experiment: Experiment, out: Path, **settings: Any) -> dict[str, Any]:
+        """Run an experiment over the nodes: inside at the SuperLink, with its folder copied out to ``out``."""
+        echo = settings.pop("echo", None)
+        inside = f"/state/runs/{out.name}"
+        sent = json.dumps(
+            {"experiment": tomli_w.dumps(config.dump(experiment)), "settings": {"out": inside} | settings}
+        )
+        call = ["exec", "-T", "superlink", "python", "-m", "fedsim.deploy", "submit"]
+        done = self._call(*call, input=sent, stdout=None if echo else subprocess.PIPE)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._call("cp", f"superlink:{inside}", str(out), capture_output=True)
+        if done.returncode:
+            raise FedsimError("the run failed; what it said is above")
+        return dict(json.loads((out / "summary.json").read_bytes()))
+
+
+def engine() -> list[str]:
+    """The compose command that is installed here. Raises ``ConfigError`` where there is none."""
+    for call in (["docker", "compose"], ["podman-compose"], ["docker-compose"]):
+        if (
+            shutil.which(call[0])
+            and not subprocess.run(
+                [*call, "version"], capture_output=True, check=False, stdin=subprocess.DEVNULL
+            ).returncode
+        ):
+            return call
+    raise ConfigError("no container engine with compose was found here; --local starts processes on loopback instead")
+
+
 _children: list["subprocess.Popen[bytes]"] = []  # of this process: they are waited for when they end
 
 
@@ -373,3 +428,32 @@ def submit(app: Path, home: Path, out: Path, echo: IO[str] | None = None) -> dic
 
 def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing was said")
+
+
+def _main(args: list[str]) -> None:
+    """What containers call: ``certificates FOLDER NODES HOST…``, ``register NODES``, and ``submit`` (from stdin)."""
+    if args[0] == "certificates":
+        certificates(Path(args[1]), int(args[2]), tuple(args[3:]))
+    elif args[0] == "register":
+        home, certs = Path(os.environ["FLWR_HOME"]), Path(os.environ["FEDSIM_CERTS"])
+        connection(home, os.environ["FEDSIM_SUPERLINK"], certs / "ca.crt")
+        register(home, certs, range(int(args[1])))
+    elif args[0] == "submit":
+        import tomllib
+
+        given = json.load(sys.stdin)
+        home, certs = Path(os.environ["FLWR_HOME"]), Path(os.environ["FEDSIM_CERTS"])
+        connection(home, os.environ["FEDSIM_SUPERLINK"], certs / "ca.crt")
+        experiment = config.parse(tomllib.loads(given["experiment"]))
+        app = write_app(home / "app", experiment, given["settings"])
+        try:
+            submit(app, home, Path(given["settings"]["out"]), sys.stdout)
+        except FedsimError as e:
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(e.exit_code)
+    else:
+        raise SystemExit(f"unknown: {args[0]}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
