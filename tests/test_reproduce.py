@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -208,3 +212,25 @@ def test_a_wrong_file_runs_nothing(paper: Path, change: tuple[str, str], says: s
     with pytest.raises(ConfigError) as e:
         reproduce.reproduce(paper / "claims.toml", cache=paper / "cache")
     assert says in str(e.value) and not (paper / "cache").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_reproduction_leaves_nobody_behind(paper: Path) -> None:
+    """SIGTERM: the workers end too. A run of 20,000 rounds takes minutes, so there is time to hit it."""
+    (paper / "tiny.toml").write_text(EXPERIMENT.replace("rounds = 3", "rounds = 20000"))
+    command = [sys.executable, "-m", "fedsim.cli", "reproduce", "claims.toml"]
+    child = subprocess.Popen(command, cwd=paper, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cache = paper / "runs" / "reproduce" / paper.name
+    for _ in range(600):
+        if len(list(cache.glob("*/metrics.jsonl"))) == 2:
+            break
+        time.sleep(0.1)
+    workers = [int(p) for p in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) != 0 and len(workers) >= 2
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not any(json.loads(f.read_text())["status"] == "completed" for f in cache.glob("*/summary.json"))
