@@ -264,7 +264,8 @@ class Compose:
         if nodes not in (3, 5):
             raise ConfigError(f"--nodes: docker-compose.yml describes 3 or 5 SuperNodes (got {nodes})")
         profiles = ["--profile", "five"] if nodes == 5 else []
-        if self._call(*profiles, "up", "--build", "--detach").returncode:
+        counted = os.environ | {"FEDSIM_NODES": str(nodes)}
+        if self._call(*profiles, "up", "--build", "--detach", env=counted).returncode:
             raise FedsimError("the containers did not start; what the engine says is above")
 
     def down(self) -> None:
@@ -431,13 +432,29 @@ def last_line(text: str) -> str:
 
 
 def _main(args: list[str]) -> None:
-    """What containers call: ``certificates FOLDER NODES HOST…``, ``register NODES``, and ``submit`` (from stdin)."""
+    """What containers call: ``certificates FOLDER NODES HOST…``, ``register NODES``, ``node K NODES``, ``ray …``, ``submit``."""
     if args[0] == "certificates":
         certificates(Path(args[1]), int(args[2]), tuple(args[3:]))
     elif args[0] == "register":
         home, certs = Path(os.environ["FLWR_HOME"]), Path(os.environ["FEDSIM_CERTS"])
         connection(home, os.environ["FEDSIM_SUPERLINK"], certs / "ca.crt")
         register(home, certs, range(int(args[1])))
+    elif args[0] == "node":
+        certs, state = Path(os.environ["FEDSIM_CERTS"]), Path("/state")
+        call = [
+            "flower-supernode", "--superlink", os.environ["FEDSIM_SUPERLINK"], "--host", "127.0.0.1",
+            "--root-certificates", str(certs / "ca.crt"),
+            "--auth-supernode-private-key", str(certs / f"node-{int(args[1])}"),
+            "--ssl-certfile", str(certs / "server.pem"),
+            "--ssl-keyfile", str(certs / "server.key"),
+            "--ssl-ca-certfile", str(certs / "ca.crt"),
+            "--node-config", f'partition-id={int(args[1])} num-partitions={int(args[2])} state="{state}"',
+        ]  # fmt: skip
+        os.execvp(call[0], call)
+    elif args[0] == "ray":
+        if len(os.environ.get("RAY_AUTH_TOKEN", "")) < 32:
+            raise SystemExit("error: RAY_AUTH_TOKEN: must be a secret of 32 characters or more: openssl rand -hex 32")
+        os.execvp("ray", ["ray", "start", "--block", "--disable-usage-stats", *args[1:]])
     elif args[0] == "submit":
         import tomllib
 

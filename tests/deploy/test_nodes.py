@@ -32,7 +32,7 @@ STRATEGIES = (
 
 @pytest.mark.parametrize("of", STRATEGIES)
 def test_a_deployment_has_the_bits_of_one_process(of: str, tmp_path: Path) -> None:
-    e = experiment(*SMALL, *of.split())
+    e = experiment(*SMALL, "rounds=2", "engine.block=1", *of.split())  # a node runs its client as a block of one
     there = deployed(e, tmp_path / "there", tmp_path / "nodes")
     here = run(e, tmp_path / "here")
     assert there["params_sha256"] == here["params_sha256"]
