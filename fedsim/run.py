@@ -116,7 +116,8 @@ def assemble(
 
     app = client_app(federation, local_of, streams, one=alone(experiment))
     site = Site(federation, lambda p: (local_of(p), collect() if p < 0 else strategy.phases[p].reduce), app)
-    grid = place(experiment, federation, memory, app, order, private.key if private else None)
+    ready = privacy.resolved(experiment, private) if private else experiment  # a worker searches for no noise
+    grid = place(ready, federation, memory, app, order, private.key if private else None)
     where, cohort = executor(experiment, federation, grid), experiment.strategy.cohort
     driver = Native(strategy, where, key, population, cohort, panel, streams, choose)
     return Session(experiment, federation, task, driver, memory, grid, site, private)

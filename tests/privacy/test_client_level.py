@@ -333,9 +333,11 @@ SHIPPED = sorted(entry.name for entry in entry_points(group="fedsim.strategies")
 def test_every_shipped_strategy_that_reduces_by_a_mean_composes(name: str) -> None:
     """Three rounds, one of them with nobody; others are refused with the reason. In blocks the numbers are the same."""
     try:
-        setup = experiment(f"strategy.name={name}", "strategy.cohort=4", "data.holdout=0.0")
+        setup = experiment(
+            f"strategy.name={name}", "strategy.cohort=4", "data.holdout=0.0", "task={model='mlp',hidden=[8]}"
+        )
         federation = data.federation(setup.data, setup.seed)
-        task = registry.load("tasks", "logistic").build(setup.task, federation.dataset, len(federation))
+        task = registry.load("tasks", "mlp").build(setup.task, federation.dataset, len(federation))
         config = setup.strategy
         if "weighting" in type(config).model_fields:
             config = config.model_copy(update={"weighting": "uniform"})

@@ -144,6 +144,21 @@ def test_messages_of_flower_are_as_private_and_give_the_same_bits(tmp_path: Path
     assert ends[0] == ends[1]
 
 
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_workers_of_ray_draw_the_same_noise(tmp_path: Path) -> None:
+    """Their key comes from the driver, and their noise multiplier too: they search for none."""
+    ends = []
+    level = [a for a in EXAMPLE if "noise" not in a] + ["privacy.target_epsilon=5.0"]
+    key = privacy.secret(experiment(*EXAMPLE), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(privacy.os, "urandom", lambda n: key.digest)
+        for kind in ("inline", "ray"):
+            setup = experiment(*level, "rounds=2", f"engine.kind={kind}", "engine.execution=plain")
+            ends.append(running.run(setup, tmp_path / kind)["params_sha256"])
+    assert ends[0] == ends[1]
+
+
 CLIENT_STATEMENT = """\
 Privacy statement
 claim         epsilon = 3.4734 at delta = 0.001
