@@ -80,6 +80,7 @@ def run(
             e.add_note(_how_to_go_on(file, assignments, folder))
             raise
         _draw_partition(experiment, folder)
+        _draw_embeddings(experiment, folder)
         progress.closing(summary, write(folder))
         if (folder / "privacy.txt").exists():
             print((folder / "privacy.txt").read_text())
@@ -132,6 +133,12 @@ def run_app(
     flower_app.report(ours, flower_app.run_flower(described) if compare else None)
     if ours.failures:
         raise FedsimError(f"{len(ours.failures)} of {ours.messages} messages failed")
+
+
+def _draw_embeddings(experiment: Any, folder: Path) -> None:
+    from fedsim.report import embeddings
+
+    embeddings.draw(experiment, folder)
 
 
 @app.command()

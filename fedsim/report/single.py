@@ -14,7 +14,7 @@ from fedsim.progress import duration, number, size
 from fedsim.report import figures, leakage, page
 from fedsim.report.figures import Curve
 
-REPORT, PARTITION, PRIVACY = "report.html", "partition.svg", "privacy.txt"
+REPORT, PARTITION, PRIVACY, EMBEDDINGS = "report.html", "partition.svg", "privacy.txt", "embeddings.svg"
 RANGE = ("max", "median", "min")  # over clients, as ``server.reduce.ranged`` names them
 FAILURES = 200  # rows of the failures table; a run that drops a client every round must not make a page of megabytes
 
@@ -153,11 +153,13 @@ def _gauges(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _clients(run_dir: Path) -> list[str]:
     cards = []
-    picture = run_dir / PARTITION
-    if picture.exists():
+    pictures = ((PARTITION, "How the data is spread over the clients"), (EMBEDDINGS, "How embeddings moved"))
+    for picture, what in ((run_dir / name, what) for name, what in pictures):
+        if not picture.exists():
+            continue
         # As an image, a picture can neither run a script nor clash with the ids of the page.
         data = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<img alt="How the data is spread over the clients" src="data:image/svg+xml;base64,{data}">'
+        image = f'<img alt="{what}" src="data:image/svg+xml;base64,{data}">'
         cards.append(f'<figure class="card wide picture">{image}</figure>')
     rows = [row for row in record.read_clients(run_dir) if row.get("accuracy") is not None]
     if rows:
