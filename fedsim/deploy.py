@@ -420,6 +420,8 @@ def submit(app: Path, home: Path, out: Path, echo: IO[str] | None = None) -> dic
             raise
     said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
     if not summary.exists() or summary.stat().st_mtime_ns == before:
+        if not said and any((out / "checkpoint").glob("round-*")):
+            said = "the SuperLink went away; the last checkpoint stands, and --resume goes on from it"
         raise FedsimError(said or f"the run did not start: {last_line(chr(10).join(lines))}")
     found: dict[str, Any] = json.loads(summary.read_bytes())
     if found["status"] == "failed":
@@ -428,11 +430,14 @@ def submit(app: Path, home: Path, out: Path, echo: IO[str] | None = None) -> dic
 
 
 def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing was said")
+    """What was said last, without the frames that Flower draws."""
+    words = (line.strip(" │╭╮╰╯─") for line in reversed(text.splitlines()))
+    return next((line for line in words if line), "nothing was said")
 
 
 def _main(args: list[str]) -> None:
-    """What containers call: ``certificates FOLDER NODES HOST…``, ``register NODES``, ``node K NODES``, ``ray …``, ``submit``."""
+    """What containers call: ``certificates FOLDER NODES HOST…``, ``register NODES``, ``node K NODES``, ``ray …``, and
+    ``submit``, which reads its experiment from stdin."""
     if args[0] == "certificates":
         certificates(Path(args[1]), int(args[2]), tuple(args[3:]))
     elif args[0] == "register":
