@@ -109,8 +109,10 @@ def subject(name: str) -> Subject:
     plugin = registry.load("strategies", name)
     settings: dict[str, Any] = {"name": name, "cohort": COHORT}
     fields = getattr(plugin.Config, "model_fields", {})
-    # Several steps a visit, with a partial batch at the end, where the strategy has such settings.
+    # Several steps a visit, with a partial batch at the end, where the strategy has such settings. A plugin whose
+    # defaults are made for larger problems says in CHECK with which settings it is tried here.
     more = {key: value for key, value in {"batch_size": 4, "epochs": 2}.items() if key in fields}
+    more |= getattr(plugin, "CHECK", {})
     try:
         plugin.Config.model_validate(settings | more)
     except Exception:
@@ -601,8 +603,8 @@ def _as_without(of: Subject, w: World, dropped: Play) -> None:
     state = strategy.init(key.at("init").torch())
     for number in range(1, len(dropped.states)):
         state, _ = run_round(strategy, state, number, [c for c in range(len(SIZES)) if c != 3], grid, key)
-    same(state, dropped.states[-1], "with a client dropped, and without it from the start", 1e-9)
-    same(_memory(grid.memory), dropped.memory, "memories with a client dropped, and without it", 1e-9)
+    same(state, dropped.states[-1], "with a client dropped, and without it from the start", 1e-8)
+    same(_memory(grid.memory), dropped.memory, "memories with a client dropped, and without it", 1e-8)
 
 
 def nan_is_stopped(of: Subject) -> None:

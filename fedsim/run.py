@@ -62,8 +62,6 @@ class Session(NamedTuple):
 
 def build(experiment: Experiment, order: Order | None = None, secret: Key | None = None) -> Session:
     """Everything that a run needs. Raises ``ConfigError`` (``DataError``) for what only data can tell."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     dtype = torch.float64 if experiment.task.dtype == "float64" else torch.float32
     federation = data.federation(experiment.data, experiment.seed).to(device(experiment.engine.device), dtype)
     population = len(federation)
@@ -88,6 +86,8 @@ def assemble(
 
     ``secret`` names the draws that privacy rests on; without it there is a new one.
     """
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     private: Private | None = None
     strategy: Any
     if experiment.privacy:
