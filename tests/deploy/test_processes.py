@@ -119,6 +119,18 @@ def after(out: Path, round: int, act: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
+def back(deployment: Local, node: int) -> None:
+    """Start a node again: refused, and ended, until the SuperLink has noticed that its predecessor is gone."""
+    end = time.monotonic() + 150
+    while time.monotonic() < end:
+        pid, until = deployment.start_node(node), time.monotonic() + 12
+        while deploy.alive(pid) and time.monotonic() < until:
+            time.sleep(0.2)
+        if deploy.alive(pid):
+            return
+    raise AssertionError("the node was not let in again")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raise", "drop"])
 def test_a_killed_supernode_ends_the_run_or_is_left_out(policy: str, deployment: Local, tmp_path: Path) -> None:
@@ -145,7 +157,7 @@ def test_a_killed_superlink_and_a_restarted_node_lose_nothing(deployment: Local,
     killer.join()
     deployment.kill("supernode-1")
     deployment.start_link()
-    deployment.start_node(1)
+    back(deployment, 1)
     there = deployment.run(e, out, resume=True, **PATIENCE)
     assert there["params_sha256"] == run(e, tmp_path / "here")["params_sha256"]
 
