@@ -92,7 +92,7 @@ def test_fedavg_ends_with_the_bits_of_one_process_and_only_loopback_listens(depl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of", ["hyperfl task.model=mlp strategy.epochs=1", "scaffold", "fzoos"])
+@pytest.mark.parametrize("of", ["hyperfl task.model=mlp task.hidden=[8]", "scaffold", "fzoos"])
 def test_other_strategies_end_with_the_bits_of_one_process(of: str, deployment: Local, tmp_path: Path) -> None:
     if of == "fzoos":
         quadratic = Path(__file__).parent.parent.parent / "experiments/fzoos/quadratic.toml"
