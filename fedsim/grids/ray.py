@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -34,7 +35,7 @@ import torch
 from flwr.app import Context, Message
 from torch import Tensor
 
-from fedsim import config, offline, worker
+from fedsim import config, offline, registry, worker
 from fedsim.block import Guest, Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Dataset, Federation, Partition, Split
@@ -53,7 +54,7 @@ QUIET = {
     "RAY_worker_niceness": "0",  # Ray's own default, 15, starves workers on a machine that does anything else
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AUTH_MODE": "token",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # whatever its name says: without it, loopback becomes the host's address
 }
 # Ray reads some of these when it is imported, and every process of it the token.
 os.environ |= QUIET | {"RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
@@ -129,7 +130,6 @@ def export(federation: Federation) -> World:
 
 def load(world: World, experiment: Experiment, device: torch.device) -> Federation:
     """The federation of a world. On a CPU its tensors are the shared memory itself, which nobody writes."""
-    from fedsim import data
 
     def split(arrays: tuple[Any, Any]) -> Split:
         with warnings.catch_warnings():
@@ -137,18 +137,28 @@ def load(world: World, experiment: Experiment, device: torch.device) -> Federati
             x, y = (torch.from_numpy(a) for a in arrays)
         return Split(x.to(device), y.to(device))
 
-    if world.partition is None:
-        whole = data.federation(experiment.data, experiment.seed)
-        dataset = whole.dataset._replace(train=split(world.train), test=split(world.test))
-        return Federation(dataset, whole.partition, world.holdout, world.key)
     dataset = Dataset(world.name, split(world.train), split(world.test), world.classes)
-    return Federation(dataset, world.partition, world.holdout, world.key)
+    partition = world.partition
+    if partition is None:
+        partitioner = registry.load("partitioners", experiment.data.partition.name)
+        partition = partitioner.build(experiment.data.partition, dataset, Key.root(experiment.seed).at("partition"))
+    return Federation(dataset, partition, world.holdout, world.key)
+
+
+class Driver(NamedTuple):
+    """What workers take over from the process that drives them."""
+
+    home: str | None
+    path: list[str]  # where a user's own modules are found
 
 
 class Actor:
     """A worker: builds its site once, and runs what it is told."""
 
-    def __init__(self, tables: dict[str, Any], world: World, secret: Key | None) -> None:
+    def __init__(self, tables: dict[str, Any], world: World, secret: Key | None, driver: Driver) -> None:
+        if driver.home is not None:
+            os.environ["HOME"] = driver.home  # Ray was started in one of its own
+        sys.path += [folder for folder in driver.path if folder not in sys.path]
         offline.prepare()
         identify()
         logging.getLogger("fedsim").setLevel(logging.ERROR)  # what matters is in the answers
@@ -251,8 +261,13 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        """The processes of the workers that are there."""
+        """The processes of the workers that are ready."""
         return list(self._pids.values())
+
+    @property
+    def present(self) -> int:
+        """Workers that are free, at work, or on their way."""
+        return len(self._free) + len(self._running)
 
     def _new(self) -> None:
         actor = self._make()
@@ -358,13 +373,14 @@ def fit(gpus: int, memory: int, one: int, cores: int) -> tuple[int, float]:
 
 
 class Cluster:
-    """Ray, started for this process or joined where ``RAY_ADDRESS`` names a cluster."""
+    """Ray, started for this process; or joined, where ``RAY_ADDRESS`` names a cluster or this process has one."""
 
     def __init__(self, workers: int, gpus: int, store: int) -> None:
         self._home: Path | None = None
+        self._joined = ray.is_initialized()
         self.local = not os.environ.get("RAY_ADDRESS")
-        if ray.is_initialized():
-            raise FedsimError("engine.kind: this process already runs Ray; close the other session first")
+        if self._joined:
+            return
         if not self.local:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
             return
@@ -372,6 +388,8 @@ class Cluster:
         (self._home / "ray_bootstrap_config.yaml").write_text(BOOTSTRAP)
         home = os.environ.get("HOME")
         os.environ["HOME"] = str(self._home)
+        # A thread of Ray's prints a paragraph about every worker that dies, and has no switch. We tell it ourselves.
+        ray._private.worker.listen_error_messages = lambda worker, stopped: None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -397,7 +415,9 @@ class Cluster:
                 os.environ["HOME"] = home
 
     def close(self) -> None:
-        """Stop it, and leave nothing behind."""
+        """Stop it, unless it was here before, and leave nothing behind."""
+        if self._joined:
+            return
         ray.shutdown()
         if self._home is not None:
             shutil.rmtree(self._home, ignore_errors=True)
@@ -426,8 +446,12 @@ class RayGrid(BlockGrid):
         tables["engine"] |= {"kind": "inline"}
         world = ray.put(export(federation))
         remote = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0, max_task_retries=0)(Actor)
-        self.pool = Pool(lambda: remote.remote(tables, world, secret), workers, engine.deadline, self._cluster.local)
+        driver = Driver(os.environ.get("HOME"), list(sys.path))
+        self.pool = Pool(
+            lambda: remote.remote(tables, world, secret, driver), workers, engine.deadline, self._cluster.local
+        )
         self._serial = 0
+        self._suspects: set[int] = set()  # clients that have killed workers before
         on = f"{gpus} GPUs, {share:.2g} of one each" if gpus else f"{cores} cores"
         log.info("clients run in %d workers of Ray on %s", workers, on)
 
@@ -440,11 +464,15 @@ class RayGrid(BlockGrid):
     ) -> Iterator[Partial]:
         self._serial += 1
         send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, stacked)
-        for done in self.pool.run([Unit(b, self._cost(b.clients)) for b in blocks], send):
+        harmless = [b for b in blocks if not self._suspects & set(b.clients)]
+        for done in self.pool.run([Unit(b, self._cost(b.clients)) for b in harmless], send):
             if done.died is None:
                 yield unpack(done.result)
             else:
-                yield from self._without_the_poisonous(done.units[0], done.died, send)
+                yield from self._one_by_one(done.units[0], send)
+        for block in blocks:
+            if self._suspects & set(block.clients):
+                yield from self._one_by_one(block, send)
 
     def _cost(self, clients: Sequence[int]) -> float:
         """What a block costs, about: its examples, and a step's worth for each client."""
@@ -456,9 +484,7 @@ class RayGrid(BlockGrid):
         out = [(b.start, [Guest(c, pack(self.memory.get(c))) for c in b.clients]) for b in blocks]
         return actor.blocks.remote(serial, (work.round, work.phase, work.key), shared, out, cohort, stacked)
 
-    def _without_the_poisonous(
-        self, block: Block, how: str, send: Callable[[Any, list[Block]], Any]
-    ) -> Iterator[Partial]:
+    def _one_by_one(self, block: Block, send: Callable[[Any, list[Block]], Any]) -> Iterator[Partial]:
         """Run the clients of a block one by one, to find who kills workers; the others count, at their positions."""
         units = [Unit(Block(block.start + i, [c]), 1.0, True, DEATHS - 1) for i, c in enumerate(block.clients)]
         for done in self.pool.run(units, send):
@@ -466,6 +492,7 @@ class RayGrid(BlockGrid):
                 yield unpack(done.result)
                 continue
             start, (client,) = done.units[0]
+            self._suspects.add(client)
             yield Partial([Node(0, start, None)], {}, (Failure(client, done.died),), 0, 0, 0)
 
     def execute(self, messages: list[Message]) -> list[Message]:

@@ -1,0 +1,245 @@
+"""Ray's workers: the same numbers as in one process, whoever dies; nothing beyond loopback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim import config
+from fedsim.benches import proc
+from fedsim.config import Experiment
+from fedsim.errors import ClientError, ConfigError
+from fedsim.run import build, run
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    # Ray forgets about its own daemons when it is shut down.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+ray_grid = pytest.importorskip("fedsim.grids.ray")
+
+sys.path.append(str(Path(__file__).parent))  # for ``deadly``, as the folder of a user's own module would be
+
+BASE: dict[str, Any] = {
+    "name": "ray",
+    "seed": 5,
+    "rounds": 2,
+    "data": {"name": "digits", "partition": {"name": "dirichlet", "clients": 20, "alpha": 0.5}, "holdout": 0.2},
+    "task": {"model": "mlp", "hidden": [16]},
+    "strategy": {"name": "scaffold", "cohort": 12, "lr": 0.1, "epochs": 1, "batch_size": 8},
+    "engine": {"block": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """One cluster for all of them; grids join it, and leave it when they are closed."""
+    made = ray_grid.Cluster(8, 0, 200_000_000)
+    yield made
+    made.close()
+
+
+def experiment(*overrides: str) -> Experiment:
+    return config.parse(config.override(BASE, overrides))
+
+
+def sha(of: Experiment, out: Path, **kwargs: Any) -> str:
+    return str(run(of, out, **kwargs)["params_sha256"])
+
+
+@pytest.fixture(scope="session")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sha(experiment(), tmp_path_factory.mktemp("inline") / "run")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_number_of_workers_decides_nothing(cluster: Any, inline: str, workers: int, tmp_path: Path) -> None:
+    assert sha(experiment("engine.kind=ray", f"engine.workers={workers}"), tmp_path / "run") == inline
+
+
+def test_messages_give_the_same_bits(cluster: Any, inline: str, tmp_path: Path) -> None:
+    of = experiment("engine.kind=ray", "engine.workers=2", "engine.paths=messages")
+    assert sha(of, tmp_path / "run") == inline
+
+
+def test_a_run_may_go_on_elsewhere(cluster: Any, inline: str, tmp_path: Path) -> None:
+    run(experiment("rounds=1"), tmp_path / "run")
+    assert sha(experiment("engine.kind=ray", "engine.workers=2"), tmp_path / "run", resume=True) == inline
+
+
+def deadly(*overrides: str) -> Experiment:
+    """FedAvg in which the client with the most examples of the cohort ends its worker."""
+    tables = BASE | {"strategy": {"name": "deadly:deadly", "cohort": 20, "lr": 0.1, "batch_size": 8}}
+    return config.parse(config.override(tables, ["rounds=2", *overrides]))
+
+
+def biggest() -> tuple[int, int]:
+    """The client with the most examples, and their number; nobody else has so many."""
+    federation = build(experiment()).federation
+    sizes = [len(federation.indices(c, "train")) for c in range(20)]
+    assert sizes.count(max(sizes)) == 1
+    return int(np.argmax(sizes)), max(sizes)
+
+
+def test_a_dead_worker_is_replaced_and_its_blocks_run_again(cluster: Any, tmp_path: Path) -> None:
+    _, size = biggest()
+    alive = sha(deadly(), tmp_path / "alive")
+    marker = tmp_path / "killed"
+    of = deadly("engine.kind=ray", "engine.workers=2", f"strategy.client_examples={size}", f"strategy.marker={marker}")
+    assert sha(of, tmp_path / "run") == alive and marker.exists()
+
+
+def test_a_client_that_kills_workers_is_named(cluster: Any, tmp_path: Path) -> None:
+    client, size = biggest()
+    ray = ("engine.kind=ray", "engine.workers=2", f"strategy.client_examples={size}", "rounds=1")
+    with pytest.raises(ClientError, match=f"client {client} failed in round 1 .*its worker died"):
+        run(deadly(*ray), tmp_path / "raise")
+
+    session = build(deadly(*ray, "engine.on_error=drop"))
+    try:
+        _, trained = session.driver.train(session.driver.begin(), 1)
+        assert [f.client for f in trained.failures] == [client] and trained.clients == 19
+        assert "its worker died" in trained.failures[0].reason
+        pool = session.grid.pool  # type: ignore[attr-defined]
+        assert pool.size == 2 and pool.replaced >= 2
+        _, trained = session.driver.train(session.driver.begin(), 2)  # the pool is full, and works
+        assert trained.clients == 19 and pool.present == 2
+    finally:
+        session.close()
+
+
+def test_a_stopped_worker_is_replaced_after_a_deadline(cluster: Any, inline: str) -> None:
+    session = build(experiment("engine.kind=ray", "engine.workers=2", "engine.deadline=3.0"))
+    try:
+        state, _ = session.driver.train(session.driver.begin(), 1)
+        pool = session.grid.pool  # type: ignore[attr-defined]
+        os.kill(pool.pids[0], signal.SIGSTOP)
+        state, _ = session.driver.train(state, 2)
+        from fedsim import tree
+
+        assert pool.replaced == 1 and tree.digest(session.driver.params(state)) == inline
+    finally:
+        session.close()
+
+
+class Pair(NamedTuple):
+    a: Any
+    b: Any
+
+
+def sockets(root: int) -> set[tuple[str, str]]:
+    """(local, remote) addresses in hex of all internet sockets of a process tree, without ports."""
+    inodes = set()
+    for pid in proc.tree(root):
+        try:
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                target = os.readlink(fd)
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+        except OSError:
+            continue
+    out = set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes:
+                out.add((fields[1].partition(":")[0], fields[2].partition(":")[0]))
+    return out
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+NOBODY = {"00000000", "0" * 32}
+
+
+def test_nothing_beyond_loopback(tmp_path: Path) -> None:
+    """A whole run in a process of its own, looked at ten times a second: its start, its work and its end."""
+    file = tmp_path / "e.toml"
+    import tomli_w
+
+    file.write_text(tomli_w.dumps(BASE))
+    command = [sys.executable, "-m", "fedsim.cli", "run", str(file), "--engine", "ray", "--workers", "2"]
+    child = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    seen: set[tuple[str, str]] = set()
+    while child.poll() is None:
+        seen |= sockets(child.pid)
+        time.sleep(0.1)
+    _, err = child.communicate()
+    assert child.returncode == 0, err.decode()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+    assert any(local in LOOPBACK for local, _ in seen)  # it was looked at
+    assert {remote for _, remote in seen} <= LOOPBACK | NOBODY
+    assert {local for local, _ in seen} <= LOOPBACK | NOBODY
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "fedsim.grids.ray")
+    with pytest.raises(ConfigError, match=r"pip install 'fedsim-engine\[ray\]'"):
+        build(experiment("engine.kind=ray"))
+
+
+def test_tensors_travel_as_they_are() -> None:
+    value = {"x": Pair(torch.arange(3.0).to(torch.bfloat16), [torch.ones(()), None]), "n": (1, "a", np.arange(2))}
+    back = ray_grid.unpack(ray_grid.pack(value))
+    assert torch.equal(back["x"].a, value["x"].a) and back["x"].a.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert back["x"].b[0].shape == () and back["x"].b[1] is None and back["n"][:2] == (1, "a")
+    back["x"].a.add_(1)  # memory of its own
+    assert value["x"].a[0] == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "one", "cores", "expected"),
+    [
+        (1, 80 << 30, 10 << 30, 16, (7, 1 / 7)),
+        (2, 80 << 30, 10 << 30, 8, (8, 1 / 4)),  # four cores a GPU
+        (1, 80 << 30, 1 << 30, 64, (8, 1 / 8)),  # eight a GPU, not seventy-two
+        (4, 16 << 30, 40 << 30, 4, (4, 1.0)),  # does not fit, but somebody must try
+    ],
+)
+def test_workers_on_gpus(gpus: int, memory: int, one: int, cores: int, expected: tuple[int, float]) -> None:
+    assert ray_grid.fit(gpus, memory, one, cores) == expected
+
+
+def test_chaos(cluster: Any, inline: str) -> None:
+    """A worker is killed as soon as there is one, four times; the numbers stay."""
+    from fedsim import tree
+
+    session = build(experiment("engine.kind=ray", "engine.workers=2"))
+    pool = session.grid.pool  # type: ignore[attr-defined]
+    stop = threading.Event()
+
+    def kill() -> None:
+        for _ in range(4):
+            while not pool.pids and not stop.wait(0.05):
+                pass
+            if stop.wait(0.3):
+                return
+            for pid in pool.pids[:1]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        state = session.driver.begin()
+        for number in (1, 2):
+            state, _ = session.driver.train(state, number)
+        assert tree.digest(session.driver.params(state)) == inline
+    finally:
+        stop.set()
+        killer.join()
+        session.close()
