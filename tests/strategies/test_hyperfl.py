@@ -22,7 +22,7 @@ from fedsim.rng import Key
 from fedsim.tasks import mlp
 from fedsim.types import Batch, Done, Metrics, Payload, Strategy, Task, Tree
 from server.loop import run_round
-from strategies import centaur, fedper, fedrep, hyperfl, pfedhn, ppsgd
+from strategies import centaur, fedper, fedrep, hyperfl, hyperfl_lpm, pfedhn, ppsgd
 
 CLIENTS = 4
 SMALL = {"embedding": 6, "hidden": 10, "batch_size": 5, "epochs": 2, "cohort": CLIENTS}
@@ -388,3 +388,38 @@ def test_centaur_and_ppsgd_without_privacy_are_fedrep_and_fedper() -> None:
     for a, b in ((centaur, fedrep), (ppsgd, fedper)):
         one, other = (train(m.build(m.Config(batch_size=4), TASK), WORLD, 2)[-1] for m in (a, b))  # type: ignore[attr-defined]
         assert same(one, other)
+
+
+# --- Frozen backbones ---------------------------------------------------------------------------------------------
+
+
+def test_lpm_generates_adapters_and_sends_nothing_else() -> None:
+    s = hyperfl_lpm.build(hyperfl_lpm.Config(**SMALL, adapter_rank=2, parametrization="mip"), TASK)
+    state = begin(s)
+    generated = {n.removeprefix("head.").removesuffix(".bias") for n in state.phi if n.endswith(".bias")}
+    assert generated - {"trunk.0"} == {"fc1.lora_A", "fc1.lora_B"}
+    done, before = visit(s, state)
+    assert done.value["delta"].keys() == state.phi.keys()
+    assert done.memory["head"].keys() == {"fc2.weight", "fc2.bias"}
+    assert s.personal is not None
+    own = s.personal(s.phases[0].broadcast(state), before)
+    assert own.keys() == alternate.shapes(TASK).keys()
+    later = s.personal({"hyper": tree.add(state.phi, done.value["delta"])}, done.memory)
+    moved = later["fc1.weight"] - own["fc1.weight"]
+    # What moved is the product of two rank-2 factors and their change, and the bias stays the backbone's.
+    assert int(torch.linalg.matrix_rank(moved, tol=1e-9)) <= 4
+    assert torch.equal(later["fc1.bias"], own["fc1.bias"])
+    other, mine = (visit(s, state, c)[1]["head"]["fc2.weight"] for c in (1, 2))
+    assert not torch.equal(other, mine)
+
+
+def test_lpm_with_zero_output_weights_is_the_backbone() -> None:
+    s = hyperfl_lpm.build(hyperfl_lpm.Config(**SMALL, adapter_rank=2, parametrization="mip"), TASK)
+    state = begin(s)
+    zero = {
+        n: torch.zeros_like(x) if n.startswith("head.") and n.endswith(".weight") else x for n, x in state.phi.items()
+    }
+    _, memory = visit(s, state)
+    assert s.personal is not None
+    a, b = (s.personal({"hyper": zero}, m) for m in (memory, visit(s, state, 3)[1]))
+    assert torch.equal(a["fc1.weight"], b["fc1.weight"])
