@@ -124,6 +124,7 @@ def lora(
     remember: Callable[[Payload, torch.Generator], Payload] | None = None,
     template: Callable[[Payload], Tree] = lambda shared: shared["params"],
     unbatchable: str | None = None,
+    varies: bool = False,
 ) -> Local:
     """Local steps on the adapters. Of the broadcast: ``fixed`` gives the factors that are not trained, ``change`` what
     W₀ has become, ``template`` tensors of the trained ones' names and shapes. The rest is as for ``clients.sgd.sgd``.
@@ -150,7 +151,8 @@ def lora(
         passes=passes,
         draw=draw if of.task.private else None,
         unbatchable=unbatchable or plain.unbatchable,
-        model=None,
+        model=lambda shared, c: of.merged(seed_of(shared), fixed(shared) | c.params, change(shared)),
+        varies=varies,
     )
 
 

@@ -130,6 +130,7 @@ class Local(NamedTuple):
     draw:     (shared, generator) -> this step's randomness (noise, masks); steps themselves are deterministic
     unbatchable: why a block of clients cannot run at once, or None
     model:    (shared, carry) -> the client's model as its work stands, where it has one; for measuring only
+    varies:   whether the shapes of what is sent differ from client to client, by what each remembers from its start on
     """
 
     init: Callable[[Payload, Payload, Visit], Any]
@@ -139,6 +140,7 @@ class Local(NamedTuple):
     draw: Callable[[Payload, torch.Generator], Any] | None = None
     unbatchable: str | None = None
     model: Callable[[Payload, Any], Tree] | None = None
+    varies: bool = False
 
 
 class Report(NamedTuple):

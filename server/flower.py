@@ -58,7 +58,7 @@ class Messages:
             if position is None or reports[position] is not None:
                 continue  # a node that was not asked, or a second answer: it counts once
             client = clients[position]
-            result = _report(client, reply, template)
+            result = _report(client, reply, expected(work, client) if work.local.varies else template)
             if isinstance(result, Failure):
                 failures[client] = result
             else:
@@ -86,13 +86,17 @@ class Messages:
         )
 
 
-def expected(work: Work) -> Payload:
-    """What a client sends, with the names, shapes and dtypes that are expected: from a visit without any data."""
+def expected(work: Work, client: int | None = None) -> Payload:
+    """What a client sends, with the names, shapes and dtypes that are expected: from a visit without any data.
+
+    Of this client, as it was on its first visit, where clients differ; else of any.
+    """
     shared, local = work.shared, work.local
     device = next((x.device for part in shared.values() for x in part.values()), torch.device("cpu"))
     one = torch.ones((), device=device)
     with torch.no_grad():
-        memory = local.remember(shared, work.key.at("template").torch()) if local.remember else {}
+        whose = work.key.at("template") if client is None else work.key.at("remember", client)
+        memory = local.remember(shared, whose.torch()) if local.remember else {}
         return local.final(shared, local.init(shared, memory, Visit(work.round, one.long(), one.long()))).value
 
 

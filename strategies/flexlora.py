@@ -62,7 +62,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
     why = "clients have adapters of different ranks" if len(set(config.ranks)) > 1 else None
     return family(
         of,
-        lora(of, config, NOTHING, start=cut, final=final, remember=remember, unbatchable=why),
+        lora(of, config, NOTHING, start=cut, final=final, remember=remember, unbatchable=why, varies=why is not None),
         only_products(weighted_mean(config.weighting), of.layers, config.alpha),
         begin=lambda seed: of.A(seed, 0) | of.B(seed) | of.head(seed),
         finish=finish,
