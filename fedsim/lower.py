@@ -210,6 +210,15 @@ class Chain:
         """
         return self._run(params, batch, Descend(), rate)
 
+    @property
+    def linear(self) -> bool:
+        """Whether all parameters are those of linear layers: gradients are products, and ``Step`` sees both factors."""
+        return not self._kernels
+
+    def differentiate(self, params: Tree, batch: Batch, step: Step) -> None:
+        """Hand the gradients of the means over all examples to ``step``, from the last layer to the first."""
+        self._run(params, batch._replace(weight=None), step, None)
+
     def own(self, params: Tree) -> Tree:
         """A copy of parameters [K, …] in the layout in which steps are fastest: kernels with channels last."""
         return {

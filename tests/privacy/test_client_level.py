@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -105,6 +105,10 @@ def messages(draw: st.DrawFn) -> Payload:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(messages())
+@example({"delta": {n: torch.full(s, 1.7e308, dtype=torch.float64) for n, s in SHAPES.items()}})
+@example({"delta": {n: torch.full(s, math.nan, dtype=torch.float32) for n, s in SHAPES.items()}})
+@example({"delta": {n: torch.full(s, 3e38, dtype=torch.float32) for n, s in SHAPES.items()}})
+@example({"delta": {n: torch.full(s, 100, dtype=torch.int8) for n, s in SHAPES.items()}})
 def test_whatever_a_client_sends_moves_the_sum_by_at_most_c(message: Payload) -> None:
     """Its influence is at most C (1 + 1e-6), or it is dropped and named; the sum is never NaN."""
     honest = [
