@@ -43,6 +43,18 @@ reproduce-fedhyper: $(VENV)/.core  ## FedHyper's claims, judged
 	$(BIN)/fedsim data get shakespeare
 	$(BIN)/fedsim reproduce experiments/fedhyper/claims.toml
 
+reproduce-ffa-lora: $(VENV)/.all  ## FFA-LoRA's claims: teacher-student tasks, then MiniLM on fine foods
+	$(BIN)/fedsim reproduce experiments/ffa_lora/claims.toml
+	$(BIN)/fedsim data get minilm
+	$(BIN)/fedsim data get fine_foods
+	$(BIN)/fedsim reproduce experiments/ffa_lora/foods/claims.toml
+
+reproduce-ffa-lora-quick: $(VENV)/.all  ## the same for a round or two of one seed: does it run?
+	$(BIN)/fedsim reproduce experiments/ffa_lora/claims.toml --quick
+	$(BIN)/fedsim data get minilm
+	$(BIN)/fedsim data get fine_foods
+	$(BIN)/fedsim reproduce experiments/ffa_lora/foods/claims.toml --quick
+
 reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
 	$(BIN)/fedsim data get mnist
 	$(BIN)/fedsim reproduce experiments/privacy/claims.toml
@@ -61,4 +73,4 @@ bench: $(VENV)/.all  ## time the engine on this machine
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick
+.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick
