@@ -464,15 +464,15 @@ class RayGrid(BlockGrid):
     ) -> Iterator[Partial]:
         self._serial += 1
         send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, stacked)
-        harmless = [b for b in blocks if not self._suspects & set(b.clients)]
+        dangerous = [b for b in blocks if self._suspects & set(b.clients)]
+        harmless = [b for b in blocks if b not in dangerous]
         for done in self.pool.run([Unit(b, self._cost(b.clients)) for b in harmless], send):
             if done.died is None:
                 yield unpack(done.result)
             else:
                 yield from self._one_by_one(done.units[0], send)
-        for block in blocks:
-            if self._suspects & set(block.clients):
-                yield from self._one_by_one(block, send)
+        for block in dangerous:
+            yield from self._one_by_one(block, send)
 
     def _cost(self, clients: Sequence[int]) -> float:
         """What a block costs, about: its examples, and a step's worth for each client."""
