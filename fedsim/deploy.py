@@ -232,9 +232,11 @@ class Local:
                 os.killpg(group, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        for process in _children:
+        for process in list(_children):  # those that were killed before are waited for, too
             if process.pid in groups:
                 process.wait()
+            if process.poll() is not None:
+                _children.remove(process)
         (self.folder / PIDS).unlink(missing_ok=True)
 
     def run(self, experiment: Experiment, out: Path, **settings: Any) -> dict[str, Any]:
