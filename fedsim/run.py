@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import attack, checkpoint, config, data, files, privacy, record, registry, tree
+from fedsim import attack, checkpoint, config, data, files, malloc, privacy, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -87,6 +87,7 @@ def assemble(
     ``secret`` names the draws that privacy rests on; without it there is a new one.
     """
     torch.set_num_threads(1)
+    malloc.keep()
     torch.use_deterministic_algorithms(True, warn_only=True)
     private: Private | None = None
     strategy: Any
@@ -126,6 +127,7 @@ def assemble(
 def site(experiment: Experiment, federation: Federation, secret: Key | None) -> Site:
     """What a worker needs to run the phases of an experiment that another process drives."""
     torch.set_num_threads(1)
+    malloc.keep()
     torch.use_deterministic_algorithms(True, warn_only=True)
     task: Task = registry.build(
         "tasks", experiment.task.model, "task.model", experiment.task, federation.dataset, len(federation)
