@@ -27,7 +27,7 @@ demo: $(VENV)/.core  ## FedAvg on real handwritten digits, 100 clients
 	$(BIN)/fedsim run experiments/quickstart.toml
 
 test: $(VENV)/.all  ## everything that must pass before a change lands
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
 test-slow: $(VENV)/.all  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
