@@ -145,7 +145,8 @@ def covariance(gp: Surrogate, u: Tensor, length: float) -> Tensor:
     """∂σ²(u), shape (d, d)."""
     k = torch.exp(squares(gp.x, u[None])[:, 0] / (-2 * length**2)) * gp.on
     j = torch.linalg.solve_triangular(gp.factor, k[:, None] * (gp.x - u) / length**2, upper=False)
-    return torch.eye(len(u), dtype=u.dtype, device=u.device) / length**2 - j.T @ j
+    left: Tensor = torch.eye(len(u), dtype=u.dtype, device=u.device) / length**2 - j.T @ j
+    return left
 
 
 def doubt(gp: Surrogate, points: Tensor, length: float) -> Tensor:

@@ -176,6 +176,17 @@ def workloads(data: str) -> dict[str, Workload]:
             "Opacus's engine",
         ),
     ]
+    steps = ("fedsim", "scikit-learn", "kernel given", "kernel given, at once")
+    found.append(
+        Workload(
+            "fzoos",
+            "FZooS beside its queries: ten local steps, d = 300, 500 points, 10,000 features",
+            {},
+            tuple(Arm(name, script="fzoos.py") for name in steps),
+            (),
+            "scikit-learn",
+        )
+    )
     found += [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in lora.specs()]
     return {w.name: w for w in found}
 

@@ -35,7 +35,7 @@ class Config(QueryConfig):
     correct_at: Literal["iterate", "start"] = Field("iterate", description="where the correction is evaluated: u, or x")
     length: float = Field(1.0, gt=0, description="l of the kernel")
     noise: float = Field(1e-4, gt=0, description="σ², of values scaled to [0, 1]; the authors' code has 1e-6")
-    features: int = Field(10_000, ge=1, description="M, the numbers that clients exchange")
+    features: int = Field(2_000, ge=1, description="M, the numbers that clients exchange; 10,000 in the paper")
     feature_seed: int = Field(0, ge=0, description="the seed of the features, shared by everybody")
     active: int = Field(5, ge=0, description="queries before a step, beside that of the iterate")
     candidates: int = Field(100, ge=1, description="points that they are chosen from, in u ± radius")
@@ -61,6 +61,19 @@ class Config(QueryConfig):
     def asked(self) -> int:
         """Queries of a visit's steps."""
         return self.steps + (self.steps - 1) * self.active
+
+
+# The contract's model has 63 parameters.
+CHECK = {
+    "features": 64,
+    "survey": 10,
+    "survey_candidates": 20,
+    "candidates": 20,
+    "active": 2,
+    "local": 40,
+    "fit": 60,
+    "history": 80,
+}
 
 
 class Survey(NamedTuple):
@@ -163,7 +176,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
         look, (Pass(survey, Schedule(ALL, steps=1)),), surveyed, remember, box(config.survey_candidates), why
     )
     passes = (Pass(first, Schedule(ALL, steps=1)), Pass(later, Schedule(ALL, steps=config.steps - 1)))
-    walking = Local(start, passes, final, None, box(config.candidates), why)
+    walking = Local(start, passes, final, remember, box(config.candidates), why)
     reduce = weighted_mean(config.weighting)
     exchange = Phase(lambda state: {"params": state.x}, looking, reduce, mean_weights)
     iterate = walk(config, walking, lambda state: {"surrogate": state.common["surrogate"]})
