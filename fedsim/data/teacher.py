@@ -53,7 +53,14 @@ def student(inputs: int, hidden: int) -> nn.Sequential:
                 # He's scale keeps signals alive through ReLU; PyTorch's default would give a head that hardly speaks.
                 nn.init.normal_(part.weight, std=(2 / part.in_features) ** 0.5)
                 nn.init.zeros_(part.bias)
+                if part is not net.fc1:
+                    _centre(part.weight.data)
     return net
+
+
+def _centre(rows: Tensor) -> Tensor:
+    """Rows that sum to 0, in place: ReLU's outputs have a mean, and its share of the logits would decide the label."""
+    return rows.sub_(rows.mean(1, keepdim=True))
 
 
 def build(config: Config) -> Dataset:
@@ -64,7 +71,8 @@ def build(config: Config) -> Dataset:
             W = net.get_parameter(f"{name}.weight")
             generator = key.at("shift", name).torch()
             left = torch.randn(W.shape[0], config.shift_rank, generator=generator)
-            D = left @ torch.randn(config.shift_rank, W.shape[1], generator=generator)
+            right = torch.randn(config.shift_rank, W.shape[1], generator=generator)
+            D = left @ (right if name == "fc1" else _centre(right))
             W.add_(D, alpha=float(config.shift * W.norm() / D.norm()))
 
     def split(part: str, n: int) -> Split:
