@@ -147,7 +147,7 @@ class Play(NamedTuple):
     session: Session
 
 
-def play(w: World, rounds: int = 3, order: Order | None = None) -> Play:
+def play(w: World, rounds: int = 2, order: Order | None = None) -> Play:
     """Run rounds exactly as ``fedsim run`` does."""
     session = assemble(*w, order)
     state = session.driver.begin()
@@ -409,12 +409,14 @@ def messages_as_fast(of: Subject, dtype: str) -> None:
 def order_is_irrelevant(of: Subject) -> None:
     """Neither the order in which blocks arrive nor their size changes a bit."""
     plain = play(world(of, dtype="float32"))
-    for size in (1, 2, 4):
-        shuffled = play(world(of, dtype="float32", block=size), order=lambda starts: starts[::-1])
-        same(plain[:2], shuffled[:2], f"blocks of {size} in reverse order")
-        rng = Key.root(SEED).at("order", size).numpy()
-        shuffled = play(world(of, dtype="float32", block=size), order=rng.permutation)
-        same(plain[:2], shuffled[:2], f"blocks of {size} in a random order")
+    reverse: Order = lambda starts: starts[::-1]  # noqa: E731
+    for size, how, order in (
+        (1, "reverse", reverse),
+        (1, "random", Key.root(SEED).at("order").numpy().permutation),
+        (2, "reverse", reverse),
+    ):
+        shuffled = play(world(of, dtype="float32", block=size), order=order)
+        same(plain[:2], shuffled[:2], f"blocks of {size} in {how} order")
 
 
 def cohort_is_a_set(of: Subject) -> None:
@@ -434,7 +436,7 @@ def cohort_is_a_set(of: Subject) -> None:
 
 def resume_is_bitwise(of: Subject) -> None:
     """A checkpoint of any round, read by a fresh build, goes on to the same bits."""
-    w, rounds = world(of, dtype="float32"), 4
+    w, rounds = world(of, dtype="float32"), 3
     straight = assemble(*w)
     state = straight.driver.begin()
     with tempfile.TemporaryDirectory() as folder:
@@ -465,8 +467,8 @@ def inputs_are_kept(of: Subject) -> None:
     train = w.federation.dataset.train
     history = [(state, fingerprint(state))]
     examples = fingerprint((train.x, train.y))
-    for number in (1, 2, 3):
-        state, _ = run_round(guarded, state, number, list(range(1, 9)), grid, key)
+    for number in (1, 2):
+        state, _ = run_round(guarded, state, number, list(range(1, 7)), grid, key)
         guarded.params(state)
         if guarded.gauges:
             guarded.gauges(state)
@@ -629,7 +631,7 @@ def _clean(played: Play, value: float) -> None:
 
 def it_learns(of: Subject) -> None:
     """In twenty rounds the training loss falls: of the global model, and of the clients' own where they have one."""
-    w = world(_everybody(of), dtype="float32")
+    w = world(_everybody(of), dtype="float32", execution="auto")
     played = play(w, 20)
     bad = finite((played.states, played.memory, [took.metrics for took in played.trained]))
     if bad:

@@ -19,7 +19,7 @@ from fedsim.fold import Fold, Node
 from fedsim.grids.flower import to_record, to_records, to_tree
 from fedsim.grids.inline import Outcome
 from fedsim.rng import Key
-from fedsim.types import Payload, Phase, Reducer, Report, Strategy, Visit
+from fedsim.types import Done, Payload, Phase, Reducer, Report, Strategy, Visit
 from fedsim.worker import Failure
 from server.loop import Native, rounds
 
@@ -42,6 +42,7 @@ class Messages:
         self._grid, self._timeout = grid, timeout
         self._node = node or (lambda client: sorted(grid.get_node_ids())[client])
         self._canonical, self._on_failure = canonical, on_failure
+        self._after: dict[int | None, Payload] = {}  # what clients remember after the phases of this round, by shape
 
     def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
         clients = self._canonical(cohort)
@@ -52,13 +53,15 @@ class Messages:
         out = [Message(content, node, kind, group_id=str(work.round)) for node in nodes]
         reports: list[Report | None] = [None] * len(clients)
         failures = {client: Failure(client, "no reply in time") for client in clients}
-        template = expected(work)
+        if work.phase <= 0:
+            self._after = {}
+        template = self._template(work, None)
         for reply in self._grid.send_and_receive(out, timeout=self._timeout):
             position = nodes.get(reply.metadata.src_node_id)
             if position is None or reports[position] is not None:
                 continue  # a node that was not asked, or a second answer: it counts once
             client = clients[position]
-            result = _report(client, reply, expected(work, client) if work.local.varies else template)
+            result = _report(client, reply, self._template(work, client) if work.local.varies else template)
             if isinstance(result, Failure):
                 failures[client] = result
             else:
@@ -85,19 +88,27 @@ class Messages:
             tuple(sorted(failures.values())),
         )
 
+    def _template(self, work: Work, client: int | None) -> Payload:
+    Of this client, as it was on its first visit, where clients differ; else of any. ``memory`` is what the phase before
+        done = expected(work, client, self._after.get(client))
+        self._after[client] = done.memory or self._after.get(client, {})
+        return done.value
 
-def expected(work: Work, client: int | None = None) -> Payload:
+
+def expected(work: Work, client: int | None = None, memory: Payload | None = None) -> Done:
     """What a client sends, with the names, shapes and dtypes that are expected: from a visit without any data.
 
-    Of this client, as it was on its first visit, where clients differ; else of any.
+    Of this client, as it was on its first visit, where clients differ; else of any. ``memory``: what the
+    phase before has left it with.
     """
     shared, local = work.shared, work.local
     device = next((x.device for part in shared.values() for x in part.values()), torch.device("cpu"))
     one = torch.ones((), device=device)
     with torch.no_grad():
         whose = work.key.at("template") if client is None else work.key.at("remember", client)
-        memory = local.remember(shared, whose.torch()) if local.remember else {}
-        return local.final(shared, local.init(shared, memory, Visit(work.round, one.long(), one.long()))).value
+        if not memory:
+            memory = local.remember(shared, whose.torch()) if local.remember else {}
+        return local.final(shared, local.init(shared, memory, Visit(work.round, one.long(), one.long())))
 
 
 def _report(client: int, reply: Message, template: Payload) -> Report | Failure:
@@ -201,7 +212,7 @@ class AsFlower(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         phase = self._only_phase()
         answered = sorted(replies, key=lambda r: r.metadata.src_node_id)
-        template = expected(Work(server_round, 0, phase.local, phase.broadcast(self._state), self._key))
+        template = expected(Work(server_round, 0, phase.local, phase.broadcast(self._state), self._key)).value
         results = [_report(m.metadata.src_node_id, m, template) for m in answered]
         reports = [r for r in results if isinstance(r, Report)]
         fold: Fold[Any] = Fold(len(reports), phase.reduce.merge)

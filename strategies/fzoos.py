@@ -176,7 +176,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
         look, (Pass(survey, Schedule(ALL, steps=1)),), surveyed, remember, box(config.survey_candidates), why
     )
     passes = (Pass(first, Schedule(ALL, steps=1)), Pass(later, Schedule(ALL, steps=config.steps - 1)))
-    walking = Local(start, passes, final, remember, box(config.candidates), why)
+    walking = Local(start, passes, final, None, box(config.candidates), why)
     reduce = weighted_mean(config.weighting)
     exchange = Phase(lambda state: {"params": state.x}, looking, reduce, mean_weights)
     iterate = walk(config, walking, lambda state: {"surrogate": state.common["surrogate"]})
