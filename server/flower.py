@@ -89,7 +89,7 @@ class Messages:
         )
 
     def _template(self, work: Work, client: int | None) -> Payload:
-    Of this client, as it was on its first visit, where clients differ; else of any. ``memory`` is what the phase before
+        """What this client, or any, is expected to send. A later phase finds the memory that one before has left."""
         done = expected(work, client, self._after.get(client))
         self._after[client] = done.memory or self._after.get(client, {})
         return done.value
