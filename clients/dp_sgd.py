@@ -10,8 +10,8 @@ called with: a local update that asks for one would look at examples without noi
 
 Two ways to the same numbers:
 
-    batched   ``torch.vmap`` over a batch's examples, inside the engine's ``vmap`` over clients; for chains of linear
-              layers (``fedsim.lower``) ghost norms, for a block of clients at once
+    batched   ``torch.vmap`` over a batch's examples, inside the engine's ``vmap`` over clients; for the networks
+              of ``fedsim.lower`` its own, which makes no gradient of an example by a linear layer
     opacus    Opacus's GradSampleModule and DPOptimizer on the task's nn.Module, one client at a time: for models that
               cannot be batched (nn.LSTM becomes Opacus's DPLSTM, with the same parameters)
 
@@ -92,9 +92,8 @@ def private(
 def clipped_sum(task: Task, params: Tree, batch: Batch, clip: float) -> Tree:
     """Σ g_i over the examples of a batch; padding (weight 0) adds nothing."""
     chain: Chain | None = getattr(task.loss, "chain", None)
-    if chain is not None and chain.linear:
-        grads = _Ghost.apply(chain, clip, tuple(params), batch.x, batch.y, batch.weight, *params.values())  # type: ignore[no-untyped-call]
-        return dict(zip(params, grads, strict=True))
+    if chain is not None:
+        return chain.clipped_sum(params, batch, clip)
     loss_and_grad = value_and_grad(task.loss)
 
     def of_example(x: Tensor, y: Tensor) -> Tree:
@@ -122,82 +121,6 @@ def factors(size: Tensor, clip: float) -> Tensor:
 def weighted(g: Tensor, scale: Tensor) -> Tensor:
     """Σ scale_i g_i, with the shape of one example's g."""
     return (scale @ g.flatten(1)).view(g.shape[1:])
-
-
-class Factors:
-    """The step that keeps both factors of each example's gradient by a linear layer: δ [K, o, B] and x [K, B, i].
-
-    The gradient is their outer product, so its square norm is ‖δ‖² ‖x‖², and with a bias ‖δ‖² (‖x‖² + 1): no gradient
-    of a single example is ever formed (Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679).
-    """
-
-    def __init__(self) -> None:
-        self.products: list[tuple[str, Tensor, Tensor]] = []
-        self.biases: dict[str, str] = {}  # weight -> bias
-
-    def product(self, name: str, w: Tensor, a: Tensor, b: Tensor) -> None:
-        self.products.append((name, a, b))
-
-    def gradient(self, name: str, w: Tensor, g: Tensor) -> None:
-        self.biases[self.products[-1][0]] = name  # a layer's bias follows its weight
-
-
-def ghost_sum(chain: Chain, clip: float, params: Tree, batch: Batch) -> Tree:
-    """Σ g_i of K clients, [K, …], from the factors: one pass forward and one back, and a product a layer."""
-    step, n = Factors(), batch.y.shape[1]
-    chain.differentiate(params, batch, step)
-    squares = [
-        a.square().sum(1) * (b.square().sum(2) + (1 if name in step.biases else 0)) for name, a, b in step.products
-    ]
-    size = n * torch.stack(squares).sum(0).sqrt()  # of the mean's gradient, an example has the n-th part
-    scale, fine = n * factors(size, clip), size.isfinite()
-    if batch.weight is not None:
-        scale = scale * (batch.weight > 0)
-    out: Tree = {}
-    for name, a, b in step.products:
-        if not fine.all():
-            a, b = torch.where(fine[:, None], a, 0.0), torch.where(fine[..., None], b, 0.0)
-        weighed = a * scale[:, None]
-        out[name] = torch.bmm(weighed, b)
-        if name in step.biases:
-            out[step.biases[name]] = weighed.sum(2)
-    return out
-
-
-class _Ghost(torch.autograd.Function):
-    """``ghost_sum`` of one client; under the engine's ``vmap`` over clients, of all of them at once."""
-
-    @staticmethod
-    def forward(
-        chain: Chain, clip: float, names: tuple[str, ...], x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor
-    ) -> Any:
-        stacked = {name: p[None] for name, p in zip(names, params, strict=True)}
-        batch = Batch(x[None], y[None], None if weight is None else weight[None])
-        total = ghost_sum(chain, clip, stacked, batch)
-        return tuple(total[name][0] for name in names)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept: clipped gradients are not differentiated again."""
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        raise RuntimeError("a clipped sum of gradients has no derivative here")
-
-    @staticmethod
-    def vmap(
-        info: Any, dims: tuple[int | None, ...], chain: Chain, clip: float, names: tuple[str, ...], *tensors: Tensor
-    ) -> Any:
-        def stack(t: Tensor | None, dim: int | None) -> Tensor | None:
-            if t is None or dim is None:
-                return None if t is None else t.expand(info.batch_size, *t.shape)
-            return t.movedim(dim, 0)
-
-        x, y, weight, *params = (stack(t, d) for t, d in zip(tensors, dims[3:], strict=True))
-        assert x is not None and y is not None
-        stacked = {name: p for name, p in zip(names, params, strict=True) if p is not None}
-        total = ghost_sum(chain, clip, stacked, Batch(x, y, weight))
-        return tuple(total[name] for name in names), (0,) * len(names)
 
 
 def _like(flags: Tensor, g: Tensor) -> Tensor:

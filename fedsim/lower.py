@@ -23,6 +23,7 @@ from fedsim.types import Batch, Tree
 
 CHANNELS_LAST = torch.channels_last
 CACHE = 5 << 20  # bytes that the widest activations of a block may take: measured, see docs/benchmarks.md
+TINY = 1e-6  # Opacus's, in C/(‖g‖ + 10⁻⁶)
 MOST = 16  # clients at once, where activations are small
 _aten = torch.ops.aten
 
@@ -40,38 +41,134 @@ class Layer(Protocol):
 
 
 class Step(Protocol):
-    """What is done with the gradients of a layer."""
+    """What is done with the gradients of layers."""
 
-    def product(self, name: str, w: Tensor, a: Tensor, b: Tensor) -> None:
-        """The gradient by ``w`` [K, o, i] is a b, with a [K, o, B] and b [K, B, i]."""
+    def linear(self, layer: "Linear", params: Tree, x: Tensor, delta: Tensor) -> None:
+        """The gradient by W [K, o, i] is δᵀ x and that by b [K, o] is Σ δ, for x [K, B, i] and δ [K, B, o]."""
         ...
 
-    def gradient(self, name: str, w: Tensor, g: Tensor) -> None:
-        """The gradient by ``w`` is ``g``."""
+    def conv(self, layer: "Conv", params: Tree, x: Tensor, w: Tensor, delta: Tensor, back: bool) -> Tensor:
+        """x [B, K·i, H, W], kernels w [K·o, i, h, w], δ [B, K·o, H', W']; the gradient by x where ``back``."""
         ...
 
 
-class Collect:
+class Sums:
+    """Gradients summed over the examples; what becomes of them is a subclass's matter."""
+
+    def take(self, name: str, w: Tensor, g: Tensor) -> None:
+        raise NotImplementedError
+
+    def linear(self, layer: "Linear", params: Tree, x: Tensor, delta: Tensor) -> None:
+        self.take(layer.weight, params[layer.weight], torch.bmm(delta.transpose(1, 2), x))
+        if layer.bias is not None:
+            self.take(layer.bias, params[layer.bias], delta.sum(1))
+
+    def conv(self, layer: "Conv", params: Tree, x: Tensor, w: Tensor, delta: Tensor, back: bool) -> Tensor:
+        kernel, clients = params[layer.weight], len(params[layer.weight])
+        bias = None if layer.bias is None else [len(w)]
+        mask = [back, True, layer.bias is not None]
+        gx, gw, gb = _aten.convolution_backward(
+            delta, x, w, bias, layer.stride, layer.padding, layer.dilation, False, [0, 0], clients, mask
+        )
+        self.take(layer.weight, kernel, gw.view(kernel.shape))
+        if layer.bias is not None:
+            self.take(layer.bias, params[layer.bias], gb.view(clients, -1))
+        return gx if back else delta
+
+
+class Collect(Sums):
     """Keeps gradients."""
 
     def __init__(self) -> None:
         self.grads: Tree = {}
 
-    def product(self, name: str, w: Tensor, a: Tensor, b: Tensor) -> None:
-        self.grads[name] = torch.bmm(a, b)
-
-    def gradient(self, name: str, w: Tensor, g: Tensor) -> None:
+    def take(self, name: str, w: Tensor, g: Tensor) -> None:
         self.grads[name] = g
 
 
-class Descend:
-    """w ← w − g, in place; the product and the step are one operation. (The rate is in the loss.)"""
+class Descend(Sums):
+    """w ← w − g, in place; for a linear layer, product and step are one operation. (The rate is in the loss.)"""
 
-    def product(self, name: str, w: Tensor, a: Tensor, b: Tensor) -> None:
-        w.baddbmm_(a, b, alpha=-1)
-
-    def gradient(self, name: str, w: Tensor, g: Tensor) -> None:
+    def take(self, name: str, w: Tensor, g: Tensor) -> None:
         w.sub_(g)
+
+    def linear(self, layer: "Linear", params: Tree, x: Tensor, delta: Tensor) -> None:
+        params[layer.weight].baddbmm_(delta.transpose(1, 2), x, alpha=-1)
+        if layer.bias is not None:
+            params[layer.bias].sub_(delta.sum(1))
+
+
+class Norms:
+    """The norm of each example's gradient, and what it takes to sum them with factors once all norms are known.
+
+    A linear layer's ‖δ xᵀ‖ is ‖δ‖ ‖x‖, so that no gradient of an example is ever made (Goodfellow 2015,
+    arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679). A convolution's is made: its kernels are small.
+    """
+
+    def __init__(self) -> None:
+        self.squares: Tensor | None = None  # [K, B]
+        self._sums: list[Callable[[Tensor, Tensor | None, Tree], None]] = []
+
+    def _add(self, squares: Tensor) -> None:
+        self.squares = squares if self.squares is None else self.squares + squares
+
+    def linear(self, layer: "Linear", params: Tree, x: Tensor, delta: Tensor) -> None:
+        inputs = x.square().sum(2)
+        self._add(delta.square().sum(2) * (inputs + 1 if layer.bias is not None else inputs))
+
+        def weighted(factors: Tensor, fine: Tensor | None, out: Tree) -> None:
+            scaled = _zeroed(delta, fine) * factors.unsqueeze(2)
+            out[layer.weight] = torch.bmm(scaled.transpose(1, 2), _zeroed(x, fine))
+            if layer.bias is not None:
+                out[layer.bias] = scaled.sum(1)
+
+        self._sums.append(weighted)
+
+    def conv(self, layer: "Conv", params: Tree, x: Tensor, w: Tensor, delta: Tensor, back: bool) -> Tensor:
+        kernel = params[layer.weight]
+        clients, o, i, height, width = kernel.shape
+        patches = _patches(layer, x, clients, (height, width), delta.shape[2:])  # [B, K, L, h·w·i]
+        d = delta.permute(0, 2, 3, 1).reshape(len(delta), -1, clients, o).transpose(1, 2)  # [B, K, L, o]
+        each = d.transpose(2, 3) @ patches  # [B, K, o, h·w·i]
+        self._add(each.square().sum((2, 3)).T)
+        bias = None
+        if layer.bias is not None:
+            bias = d.sum(2)
+            self._add(bias.square().sum(2).T)
+
+        def weighted(factors: Tensor, fine: Tensor | None, out: Tree) -> None:
+            f, seen = factors.T.reshape(len(delta), clients, 1), None if fine is None else fine.T
+            total = (_zeroed(each, seen) * f.unsqueeze(3)).sum(0).view(clients, o, height, width, i)
+            out[layer.weight] = total.permute(0, 1, 4, 2, 3)
+            if bias is not None and layer.bias is not None:
+                out[layer.bias] = (_zeroed(bias, seen) * f).sum(0)
+
+        self._sums.append(weighted)
+        if not back:
+            return delta
+        gx: Tensor = _aten.convolution_backward(
+            delta, x, w, None, layer.stride, layer.padding, layer.dilation, False, [0, 0], clients, [True, False, False]
+        )[0]
+        return gx
+
+    def total(self, factors: Tensor, fine: Tensor | None) -> Tree:
+        """Σ_b factors[k, b] g_kb, [K, …], over the examples that are ``fine``; None: all are."""
+        out: Tree = {}
+        for weighted in self._sums:
+            weighted(factors, fine, out)
+        return out
+
+
+def _patches(layer: "Conv", x: Tensor, clients: int, kernel: tuple[int, int], out: torch.Size) -> Tensor:
+    """What each place of the output sees: [B, K·i, H, W] -> [B, K, places, h·w·i]."""
+    (top, left), (down, right), (dy, dx) = layer.padding, layer.stride, layer.dilation
+    last = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+    b, rows, columns, channels = last.shape
+    i = channels // clients
+    strides = (rows * columns * channels, i, down * columns * channels, right * channels)
+    inner = (dy * columns * channels, dx * channels, 1)
+    view = last.as_strided((b, clients, out[0], out[1], *kernel, i), (*strides, *inner))
+    return view.reshape(b, clients, out[0] * out[1], -1)
 
 
 class Linear(NamedTuple):
@@ -85,11 +182,8 @@ class Linear(NamedTuple):
         return torch.baddbmm(params[self.bias].unsqueeze(1), x, w), x
 
     def backward(self, params: Tree, kept: Any, delta: Tensor, clients: int, step: Step, first: bool) -> Tensor:
-        w = params[self.weight]
-        back = delta if first else torch.bmm(delta, w)  # before the step changes w
-        step.product(self.weight, w, delta.transpose(1, 2), kept)
-        if self.bias is not None:
-            step.gradient(self.bias, params[self.bias], delta.sum(1))
+        back = delta if first else torch.bmm(delta, params[self.weight])  # before the step changes it
+        step.linear(self, params, kept, delta)
         return back
 
 
@@ -109,15 +203,7 @@ class Conv(NamedTuple):
 
     def backward(self, params: Tree, kept: Any, delta: Tensor, clients: int, step: Step, first: bool) -> Tensor:
         x, w = kept
-        bias = None if self.bias is None else [len(w)]
-        mask = [not first, True, self.bias is not None]
-        back, gw, gb = _aten.convolution_backward(
-            delta, x, w, bias, self.stride, self.padding, self.dilation, False, [0, 0], clients, mask
-        )
-        step.gradient(self.weight, params[self.weight], gw.view(params[self.weight].shape))
-        if self.bias is not None:
-            step.gradient(self.bias, params[self.bias], gb.view(clients, -1))
-        return delta if first else back
+        return step.conv(self, params, x, w, delta, not first)
 
 
 class MaxPool(NamedTuple):
@@ -199,7 +285,7 @@ class Chain:
     def block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Values [K] and gradients [K, …]; nothing is changed (``fedsim.autodiff.Block``)."""
         step = Collect()
-        sums = self._run(params, batch, step, None)
+        sums = self._run(params, batch, step, _mean(batch, params))
         n = batch.y.shape[1] if batch.weight is None else batch.weight.sum(1).clamp_min(torch.finfo(sums.dtype).tiny)
         return sums / n, {name: step.grads[name] for name in params}
 
@@ -208,16 +294,25 @@ class Chain:
 
         Gives the clients' sums of weighted losses [K] before it.
         """
-        return self._run(params, batch, Descend(), rate)
+        return self._run(params, batch, Descend(), _mean(batch, params) * rate.unsqueeze(1))
 
-    @property
-    def linear(self) -> bool:
-        """Whether all parameters are those of linear layers: gradients are products, and ``Step`` sees both factors."""
-        return not self._kernels
+    def clipped_sum(self, params: Tree, batch: Batch, clip: float) -> Tree:
+        """Σ g_i min(1, clip/‖g_i‖) over one client's examples of weight > 0 (``clients.dp_sgd.ClippedSum``)."""
+        flat = _ClippedSum.apply(self, clip, tuple(params), *batch, *params.values())  # type: ignore[no-untyped-call]
+        return dict(zip(params, flat, strict=True))
 
-    def differentiate(self, params: Tree, batch: Batch, step: Step) -> None:
-        """Hand the gradients of the means over all examples to ``step``, from the last layer to the first."""
-        self._run(params, batch._replace(weight=None), step, None)
+    def clipped_sums(self, params: Tree, batch: Batch, clip: float) -> Tree:
+        """The same for K clients: parameters and results [K, …]."""
+        step = Norms()
+        self._run(params, batch, step, next(iter(params.values())).new_ones(batch.y.shape))
+        assert step.squares is not None
+        size = step.squares.sqrt()
+        factors = torch.where(size.isfinite(), (clip / (size + TINY)).clamp(max=1.0), 0.0)
+        if batch.weight is not None:
+            factors = factors * (batch.weight > 0)
+        fine = size.isfinite()
+        total = step.total(factors, None if bool(fine.all()) else fine)
+        return {name: total[name] for name in params}
 
     def own(self, params: Tree) -> Tree:
         """A copy of parameters [K, …] in the layout in which steps are fastest: kernels with channels last."""
@@ -233,13 +328,14 @@ class Chain:
         examples = max(1, CACHE // (4 * self._widest) // batch_size)
         return int(min(MOST, max(2, 1 << (examples.bit_length() - 1))))
 
-    def _run(self, params: Tree, batch: Batch, step: Step, rate: Tensor | None) -> Tensor:
+    def _run(self, params: Tree, batch: Batch, step: Step, share: Tensor) -> Tensor:
+        """The sums of weighted losses [K]; gradients are those of Σ share · loss, and ``step`` takes them."""
         with torch.no_grad():
             clients, h, kept = len(batch.x), batch.x, []
             for layer in self._layers:
                 h, keep = layer.forward(params, h, clients)
                 kept.append(keep)
-            sums, delta = _cross_entropy(h, batch, rate)
+            sums, delta = _cross_entropy(h, batch, share)
             for i in range(len(self._layers) - 1, -1, -1):
                 delta = self._layers[i].backward(params, kept[i], delta, clients, step, _first(self._layers, i))
                 kept[i] = None
@@ -252,6 +348,7 @@ class Lowered:
     def __init__(self, loss: Callable[[Tree, Batch], Tensor], chain: Chain) -> None:
         self._loss, self.chain = loss, chain
         self.block, self.descend, self.own, self.clients = chain.block, chain.descend, chain.own, chain.clients
+        self.clipped_sum = chain.clipped_sum
 
     def __call__(self, params: Tree, batch: Batch) -> Tensor:
         """The weighted mean over a batch of one client, shape ()."""
@@ -271,22 +368,62 @@ def _kernels(w: Tensor) -> Tensor:
     return flat.view(clients * o, height, width, i).permute(0, 3, 1, 2)
 
 
-def _cross_entropy(logits: Tensor, batch: Batch, rate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sums of weighted losses, [K], and the gradient of their means by the logits [K, B, C], times ``rate``."""
+def _mean(batch: Batch, params: Tree) -> Tensor:
+    """What each example counts in its client's mean, [K, B]."""
+    if batch.weight is None:
+        return next(iter(params.values())).new_full((1, 1), 1.0 / batch.y.shape[1]).expand(batch.y.shape)
+    weight = batch.weight.to(next(iter(params.values())).dtype)
+    return weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _cross_entropy(logits: Tensor, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of weighted losses, [K], and the gradient of Σ share · loss by the logits [K, B, C]."""
     classes, (clients, size) = logits.shape[-1], batch.y.shape
     log_p = torch.log_softmax(logits.view(-1, classes), 1)
     y = batch.y.reshape(-1)
     each = _aten.nll_loss_forward(log_p, y, None, 0, -100)[0].view(clients, size)
-    if batch.weight is None:
-        share = (logits.new_ones(clients) if rate is None else rate).div(size).unsqueeze(1).expand(clients, size)
-    else:
-        weight = batch.weight.to(each.dtype)
-        each = each * weight
-        scale = weight.sum(1, keepdim=True).clamp_min(torch.finfo(each.dtype).tiny)
-        share = weight / scale if rate is None else weight * (rate.unsqueeze(1) / scale)
     back = _aten.nll_loss_backward(share.reshape(-1), log_p, y, None, 0, -100, log_p.new_zeros(()))
     delta = _aten._log_softmax_backward_data(back, log_p, 1, log_p.dtype)
-    return each.sum(1), delta.view(logits.shape)
+    sums = each.sum(1) if batch.weight is None else (each * batch.weight).sum(1)
+    return sums, delta.view(logits.shape)
+
+
+def _zeroed(x: Tensor, fine: Tensor | None) -> Tensor:
+    """``x`` [a, b, …] with 0 where ``fine`` [a, b] does not hold: 0 · NaN would be NaN."""
+    return x if fine is None else torch.where(fine.view(*fine.shape, *[1] * (x.ndim - 2)), x, 0.0)
+
+
+class _ClippedSum(torch.autograd.Function):
+    """``clipped_sum`` as an operation that ``torch.vmap`` takes as a whole. It has no derivative."""
+
+    @staticmethod
+    def forward(
+        chain: Chain, clip: float, names: tuple[str, ...], x: Tensor, y: Tensor, weight: Tensor | None, *params: Tensor
+    ) -> Any:
+        batch = Batch(x[None], y[None], None if weight is None else weight[None])
+        total = chain.clipped_sums({n: p[None] for n, p in zip(names, params, strict=True)}, batch, clip)
+        return tuple(g[0] for g in total.values())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept: clipped gradients are not differentiated again."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise RuntimeError("a clipped sum of gradients has no derivative here")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], chain: Chain, clip: float, names: tuple[str, ...], *tensors: Any
+    ) -> Any:
+        def stack(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        x, y, weight, *params = (None if t is None else stack(t, d) for t, d in zip(tensors, in_dims[3:], strict=True))
+        assert x is not None and y is not None
+        own = {n: p for n, p in zip(names, params, strict=True) if p is not None}
+        total = chain.clipped_sums(own, Batch(x, y, weight), clip)
+        return tuple(total.values()), (0,) * len(total)
 
 
 def lower(module: nn.Module, example: tuple[Tensor, Tensor]) -> Chain | None:
