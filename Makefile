@@ -43,6 +43,10 @@ reproduce-fedhyper: $(VENV)/.core  ## FedHyper's claims, judged
 	$(BIN)/fedsim data get shakespeare
 	$(BIN)/fedsim reproduce experiments/fedhyper/claims.toml
 
+reproduce-fzoos: $(VENV)/.core  ## FZooS's claims: quadratics, attacks and metrics, by queries alone
+	$(BIN)/fedsim data get heart_disease
+	$(BIN)/fedsim reproduce experiments/fzoos/claims.toml
+
 reproduce-ffa-lora: $(VENV)/.all  ## FFA-LoRA's claims: teacher-student tasks, then MiniLM on fine foods
 	$(BIN)/fedsim reproduce experiments/ffa_lora/claims.toml
 	$(BIN)/fedsim data get minilm
@@ -73,4 +77,4 @@ bench: $(VENV)/.all  ## time the engine on this machine
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick
+.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick reproduce-fzoos

@@ -133,6 +133,9 @@ def _learning(lines: Sequence[Mapping[str, Any]]) -> list[str]:
                     ident, f"{title} by communication", curves(sent), x="bytes sent, both ways", fixed=fixed
                 )
                 cards.append(page.card(svg))
+    if loss(rounds) and all("queries" in line for line in lines):
+        asked = [line["queries"] for line in lines]  # so far, by all clients
+        cards.append(page.card(figures.chart("lossq", "Loss by queries", loss(asked), x="queries, all clients")))
     epsilon = curve(lines, "epsilon", "ε", rounds)
     if epsilon:
         cards.append(page.card(figures.chart("eps", "Privacy loss ε", epsilon)))

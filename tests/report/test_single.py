@@ -170,3 +170,13 @@ def test_quantile_is_numpys() -> None:
     values = sorted([0.3, 0.9, 0.1, 0.7, 0.75])
     for q in (0.0, 0.1, 0.5, 0.99, 1.0):
         assert figures.quantile(values, q) == pytest.approx(float(np.quantile(values, q)), abs=1e-15)
+
+
+def test_loss_is_drawn_against_queries_where_they_are_counted(tmp_path: Path) -> None:
+    for name, asked in (("counted", {"queries": 30}), ("not", {})):
+        with record.create(tmp_path / name, CONFIG, events=False) as r:
+            for at in (1, 2):
+                line = {"round": at, "loss": 1 / at, "clients": 1, "examples": 1, "bytes_down": 8, "bytes_up": 8}
+                r.append(line | {key: value * at for key, value in asked.items()} | {"seconds": 0.1})
+        text = report.write(tmp_path / name).read_text()
+        assert ("Loss by queries" in text) == (name == "counted")
