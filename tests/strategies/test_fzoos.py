@@ -10,7 +10,8 @@ from torch import Tensor
 from worlds import grid, same
 
 from clients.zeroth_order import orthonormal
-from fedsim import config
+from fedsim import block, config
+from fedsim.block import Guest, Work
 from fedsim.data.dataset import Federation
 from fedsim.grids.inline import InlineGrid
 from fedsim.memory import Memory
@@ -196,6 +197,15 @@ def test_scaffold_corrects_by_what_others_saw() -> None:
     own = [session.memory.get(i) for i in range(3)]
     mean = torch.stack([m["control"]["u"] for m in own if m]).mean(0)
     torch.testing.assert_close(states[1].common["control"]["u"], mean)
+    # Each client by itself goes to the same point: what it adds is what it lacks.
+    strategy = scaffold_zo.build(session.experiment.strategy, session.task)  # type: ignore[arg-type]
+    began = states[1]._replace(x=states[0].x)
+    work = Work(1, 1, strategy.phases[1].local, strategy.phases[1].broadcast(began), Key.root(5))
+    ends = [
+        block.one(work, session.federation, Guest(i, session.memory.get(i)))[0].value["params"]["u"] for i in range(3)
+    ]
+    for end in ends:
+        torch.testing.assert_close(end, states[0].x["u"] - 0.01 * mean, rtol=1e-5, atol=1e-7)
 
 
 def test_scaffold_keeps_the_mean_of_control_variates_when_cohorts_change() -> None:
@@ -227,6 +237,28 @@ def test_the_correction_can_stay_where_the_round_began() -> None:
     assert not same(moving[1], fixed[1])
     once = [path(experiment("fzoos", gamma=1.0, steps=1, correct_at=at), 1) for at in ("iterate", "start")]
     assert same(once[0][1], once[1][1])  # the first step is taken from there
+
+
+def test_the_correction_brings_clients_together() -> None:
+    """A plain step from one point: without the correction clients go their own ways, with it (nearly) the same one."""
+
+    def spread(gamma: float) -> float:
+        session, _, _ = play(experiment("fzoos", gamma=gamma, steps=1, optimizer="sgd", features=500), 1)
+        ends = [m["point"]["u"] for m in map(session.memory.get, range(3)) if m]
+        return float(torch.stack(ends).std(0).norm())
+
+    assert spread(1.0) < 0.2 * spread(0.0)
+
+
+def test_gamma_is_one_over_t() -> None:
+    def end(gamma: float | str, steps: int) -> Tree:
+        return path(experiment("fzoos", gamma=gamma, steps=steps, active=0, optimizer="sgd"), 1)[1]
+
+    assert same(end("1/t", 1), end(1.0, 1))
+    # Each u_i is x − η (g₁ + γ₁ c) − η (g₂ + γ₂ c′), so the second step's part is half of that with γ = 1. Corrections
+    # add up to 0 over clients at one point, and after one step these are at three: what is left is small, not 0.
+    halved, whole, none = (end(g, 2)["u"] for g in ("1/t", 1.0, 0.0))
+    assert not torch.equal(halved, whole) and not torch.equal(halved, none)
 
 
 def test_points_are_chosen_where_little_is_known() -> None:
@@ -320,6 +352,13 @@ def test_kseed_sends_a_few_bytes_whatever_the_model(hidden: int) -> None:
     )
     assert trained.bytes_up == 3 * 4 * (4 + 4) and trained.bytes_down == 3 * (8 + 7 * 4)
     assert state.queries == 3 * 4 * 2
+
+
+def test_kseed_takes_the_mean_over_clients() -> None:
+    session, strategy = kseed(4)
+    state = strategy.init(Key.root(1).torch())
+    a = [run_round(strategy, state, 1, c, grid(session.federation), Key.root(1))[0].a for c in ([0], [3], [0, 3])]
+    torch.testing.assert_close(a[2], (a[0] + a[1]) / 2, rtol=1e-6, atol=1e-7)
 
 
 def test_kseed_late_joiner_has_the_same_bits() -> None:
