@@ -21,6 +21,7 @@ from torch import Tensor
 from fedsim import tree
 from fedsim.autodiff import value_and_grad
 from fedsim.config import Closed, StrategyConfig
+from fedsim.lower import Chain
 from fedsim.types import Batch, Done, Fused, Local, Pass, Payload, Private, Schedule, Task, Tree, Visit
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -175,14 +176,15 @@ def sgd(
 def _fused(
     step: Descent, task: Task, config: SgdConfig, correction: Callable[[Payload, Payload, Tree], Tree] | None
 ) -> Fused | None:
-    """Plain steps along the gradient with its corrections, where the loss can take them for a block of clients."""
-    descend, own = getattr(task.loss, "descend", None), getattr(task.loss, "own", None)
-    if descend is None or own is None or task.private or config.optimizer != "sgd" or config.momentum:
+    """Plain steps along the gradient with its corrections, where the network is one that ``fedsim.lower`` knows."""
+    private = task.private
+    chain: Chain | None = getattr((private.bare if private else task).loss, "chain", None)
+    if chain is None or config.optimizer != "sgd" or config.momentum:
         return None
 
-    def mine(c: Carry) -> Carry:
+    def own(c: Carry) -> Carry:
         loss, examples, steps = (x.clone(memory_format=torch.contiguous_format) for x in (c.loss, c.examples, c.step))
-        return c._replace(params=own(c.params), loss=loss, examples=examples, step=steps)
+        return c._replace(params=chain.own(c.params), loss=loss, examples=examples, step=steps)
 
     def beside(shared: Payload, memory: Payload, w: Tree, rate: Tensor) -> Tree:
         """What a step adds to w besides −η ∇F."""
@@ -192,17 +194,22 @@ def _fused(
             g = more if g is None else tree.add(g, more)
         return tree.scale(-rate, g or {})
 
-    def fused(shared: Payload, c: Carry, batch: Batch) -> None:
+    def fused(shared: Payload, c: Carry, batch: Batch, draw: Any) -> None:
         extra: Tree = {}
         if correction or config.weight_decay:
             extra = torch.vmap(partial(beside, shared))(c.memory, c.params, c.rate)
-        c.loss.add_(descend(c.params, batch, c.rate))
+        if private:
+            dims: Any = (0, Batch(*(None if t is None else 0 for t in batch)), 0, 0)  # type: ignore[arg-type]
+            for name, g in torch.vmap(private.gradient, in_dims=dims)(c.params, batch, draw, c.own).items():
+                c.params[name].addcmul_(g, c.rate.view(-1, *[1] * (g.ndim - 1)), value=-1)
+        else:
+            c.loss.add_(chain.descend(c.params, batch, c.rate))
+            c.examples.add_(batch.y.shape[1] if batch.weight is None else batch.weight.sum(1))
         for name, x in extra.items():
             c.params[name].add_(x)
-        c.examples.add_(batch.y.shape[1] if batch.weight is None else batch.weight.sum(1))
         c.step.add_(1)
 
-    return Fused(step, mine, fused, task.loss.clients(config.batch_size))  # type: ignore[attr-defined]
+    return Fused(step, own, fused, chain.clients(config.batch_size))
 
 
 def _draw(private: Private, shared: Payload, generator: torch.Generator) -> Any:

@@ -180,8 +180,8 @@ def stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> Stac
         plan = _plan(part.schedule, rows, [key.at("batches", p) for key in keys], data.x)
         if any(a < b for a, b in zip(plan.lengths, plan.lengths[1:], strict=False)):
             raise ValueError("passes over splits of different order cannot run in a block")
-        if (fused := lowered(part)) is not None and draws is None:
-            carry = _in_place(fused, carry, plan, data.x, data.y, shared)
+        if (fused := lowered(part)) is not None:
+            carry = _in_place(fused, carry, plan, data.x, data.y, local, shared, draws)
         else:
             carry = _loop(part, carry, plan, data.x, data.y, local, shared, draws)
 
@@ -254,7 +254,16 @@ def _gather(x: Tensor, at: Tensor) -> Tensor:
     return x.index_select(0, at.reshape(-1)).view(*at.shape, *x.shape[1:])
 
 
-def _in_place(fused: Fused, carry: Any, plan: _Plan, x: Tensor, y: Tensor, shared: Payload) -> Any:
+def _in_place(
+    fused: Fused,
+    carry: Any,
+    plan: _Plan,
+    x: Tensor,
+    y: Tensor,
+    local: Local,
+    shared: Payload,
+    draws: list[torch.Generator] | None,
+) -> Any:
     """Step the block in memory of its own. Clients that are done are simply no longer among the first."""
     carry = fused.own(carry)
     now, alive = carry, len(plan.lengths)
@@ -263,8 +272,13 @@ def _in_place(fused: Fused, carry: Any, plan: _Plan, x: Tensor, y: Tensor, share
             now, alive = _part(carry, slice(None, still)), still
         at = plan.at[s, :alive]
         weight = None if plan.whole[s] else plan.weight[s, :alive]
-        fused.step(shared, now, Batch(_gather(x, at), _gather(y, at), weight))
+        fused.step(shared, now, Batch(_gather(x, at), _gather(y, at), weight), _draws(local, shared, draws, alive))
     return each(lambda t: t.contiguous(), carry)
+
+
+def _draws(local: Local, shared: Payload, draws: list[torch.Generator] | None, alive: int) -> Any:
+    """This step's randomness of the first clients, each from its own stream."""
+    return stack([local.draw(shared, g) for g in draws[:alive]]) if local.draw and draws else None
 
 
 def _loop(
@@ -287,7 +301,7 @@ def _loop(
             carry = _part(carry, slice(None, still))
             alive = still
         at = plan.at[s, :alive]
-        draw = stack([local.draw(shared, g) for g in draws[:alive]]) if local.draw and draws else None
+        draw = _draws(local, shared, draws, alive)
         carry = run(carry, Batch(_gather(x, at), _gather(y, at), plan.weight[s, :alive]), draw)
     for part in reversed(finished):
         carry = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, carry, part)

@@ -110,13 +110,13 @@ class Fused(NamedTuple):
     of:   the step that this is a formulation of. The engine uses it for that very step only, so that middleware which
           replaces or wraps a step is never bypassed
     own:  (carry [K, …]) -> the same in memory that steps may change, laid out as they like it
-    step: (shared, carry [K, …], batch [K, B, …]) changes the carry; a weight of None means that all examples count
+    step: (shared, carry [K, …], batch [K, B, …], draw [K, …]) changes the carry; a weight of None: all examples count
     most: so many clients at once are best on a CPU, a power of two
     """
 
     of: Callable[[Payload, Any, Batch, Any], Any]
     own: Callable[[Any], Any]
-    step: Callable[[Payload, Any, Batch], None]
+    step: Callable[[Payload, Any, Batch, Any], None]
     most: int
 
 
