@@ -5,6 +5,7 @@ lent a stream of ours while a strategy's hooks run. What a strategy keeps in its
 """
 
 import copy
+import gc
 import importlib
 import inspect
 import random
@@ -124,7 +125,7 @@ class Driver:
         with self._lent("train", round):
             out = list(self._strategy.configure_train(round, to_record(state.w), config, self._grid))
         replies, failures = self._sorted(list(self._grid.send_and_receive(out)), round, state.w)
-        with self._lent("aggregate", round):
+        with self._lent("aggregate", round), unhurried():
             try:
                 arrays, measured = self._strategy.aggregate_train(round, replies)
             except Exception as e:
@@ -199,6 +200,16 @@ class Driver:
         finally:
             random.setstate(before)
             np.random.set_state(numpy_before)  # noqa: NPY002
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Inside, a full garbage collection looks at new objects only: some of Flower's strategies ask for one a reply."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def remember(strategy: FlowerStrategy) -> dict[str, Any]:
