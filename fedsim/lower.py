@@ -23,6 +23,7 @@ from fedsim.types import Batch, Tree
 
 CHANNELS_LAST = torch.channels_last
 CACHE = 5 << 20  # bytes that the widest activations of a block may take: measured, see docs/benchmarks.md
+FEW = 4  # input channels, below which gradients of examples are had faster with channels last
 TINY = 1e-6  # Opacus's, in C/(‖g‖ + 10⁻⁶)
 MOST = 16  # clients at once, where activations are small
 _aten = torch.ops.aten
@@ -125,21 +126,34 @@ class Norms:
         self._sums.append(weighted)
 
     def conv(self, layer: "Conv", params: Tree, x: Tensor, w: Tensor, delta: Tensor, back: bool) -> Tensor:
-        kernel = params[layer.weight]
+        kernel, examples = params[layer.weight], len(x)
         clients, o, i, height, width = kernel.shape
-        patches = _patches(layer, x, clients, (height, width), delta.shape[2:])  # [B, K, L, h·w·i]
-        d = delta.permute(0, 2, 3, 1).reshape(len(delta), -1, clients, o).transpose(1, 2)  # [B, K, L, o]
-        each = d.transpose(2, 3) @ patches  # [B, K, o, h·w·i]
-        self._add(each.square().sum((2, 3)).T)
+        # Every example of every client is a group of one convolution over a single "example".
+        last = i < FEW
+        groups, kind = examples * clients, CHANNELS_LAST if last else torch.contiguous_format
+        shape = (groups * o, i, height, width)
+        each = _aten.convolution_backward(
+            _as_groups(delta, last),
+            _as_groups(x, last),
+            w.new_empty(shape).contiguous(memory_format=kind),
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            [0, 0],
+            groups,
+            [False, True, False],
+        )[1].reshape(examples, clients, -1)
+        self._add(each.square().sum(2).T)
         bias = None
         if layer.bias is not None:
-            bias = d.sum(2)
+            bias = delta.sum((2, 3)).view(examples, clients, o)
             self._add(bias.square().sum(2).T)
 
         def weighted(factors: Tensor, fine: Tensor | None, out: Tree) -> None:
-            f, seen = factors.T.reshape(len(delta), clients, 1), None if fine is None else fine.T
-            total = (_zeroed(each, seen) * f.unsqueeze(3)).sum(0).view(clients, o, height, width, i)
-            out[layer.weight] = total.permute(0, 1, 4, 2, 3)
+            f, seen = factors.T.reshape(examples, clients, 1), None if fine is None else fine.T
+            out[layer.weight] = (_zeroed(each, seen) * f).sum(0).view(kernel.shape)
             if bias is not None and layer.bias is not None:
                 out[layer.bias] = (_zeroed(bias, seen) * f).sum(0)
 
@@ -159,16 +173,13 @@ class Norms:
         return out
 
 
-def _patches(layer: "Conv", x: Tensor, clients: int, kernel: tuple[int, int], out: torch.Size) -> Tensor:
-    """What each place of the output sees: [B, K·i, H, W] -> [B, K, places, h·w·i]."""
-    (top, left), (down, right), (dy, dx) = layer.padding, layer.stride, layer.dilation
-    last = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
-    b, rows, columns, channels = last.shape
-    i = channels // clients
-    strides = (rows * columns * channels, i, down * columns * channels, right * channels)
-    inner = (dy * columns * channels, dx * channels, 1)
-    view = last.as_strided((b, clients, out[0], out[1], *kernel, i), (*strides, *inner))
-    return view.reshape(b, clients, out[0] * out[1], -1)
+def _as_groups(x: Tensor, last: bool) -> Tensor:
+    """[B, K·C, H, W], channels last -> [1, B·K·C, H, W], channels last or first: whichever convolution is faster."""
+    b, channels, h, w = x.shape
+    if not last:
+        return x.reshape(1, b * channels, h, w)
+    flat = x.permute(2, 3, 0, 1).reshape(-1)  # through one dimension, as in ``ToImage``
+    return flat.view(1, h, w, b * channels).permute(0, 3, 1, 2)
 
 
 class Linear(NamedTuple):
