@@ -411,10 +411,10 @@ def test_all_twenty_are_planted() -> None:
     assert {m.name.split()[0] for m in MUTANTS} == {f"D{i}" for i in range(1, 21)}
 
 
-def test_no_false_alarm_in_200_seeds() -> None:
-    """One trial each; and the estimate has no bias: z is standard normal over the seeds."""
+def alarms(seeds: range) -> list[float]:
+    """One trial a seed, of either level in turn; the estimates' z, which must be standard normal over the seeds."""
     z = []
-    for seed in range(200):
+    for seed in seeds:
         key = Key.root(1000 + seed)
         checks = (
             audit.client_level(Mechanism(0.9, 0.5, 200, None), 1, key)
@@ -423,5 +423,15 @@ def test_no_false_alarm_in_200_seeds() -> None:
         )
         assert not failed(checks), (seed, checks)
         z.append(checks[0].z)
+    return z
+
+
+def test_no_false_alarm() -> None:
+    assert abs(float(np.mean(alarms(range(30))))) < 4 / math.sqrt(30)
+
+
+@pytest.mark.slow
+def test_no_false_alarm_in_200_seeds() -> None:
+    z = alarms(range(200))
     assert abs(float(np.mean(z))) < 4 / math.sqrt(200)
     assert 0.75 < float(np.std(z)) < 1.25
