@@ -48,7 +48,7 @@ def family(
     sends: str = "delta",
     **more: Any,
 ) -> Strategy[State]:
-    """``begin(seed)``: the first params; ``factors(state)``: A and B; ``broadcast(state)``: what the seed goes beside."""
+    """``begin(seed)``: the first params; ``factors(state)``: A and B; ``broadcast(state)``: what goes with the seed."""
 
     def init(generator: torch.Generator) -> State:
         seed = new_seed(generator)
