@@ -126,7 +126,7 @@ def reproduce(
     Raises ``ConfigError`` before anything runs for what is wrong in the file, and ``FedsimError`` at the end where a
     run failed; the other runs are kept.
     """
-    began = time.perf_counter()
+    began, code = time.perf_counter(), commit(path.parent)  # what runs now, whatever is committed meanwhile
     spec = config.check(Claims, config.read(path))
     if quick:
         spec = _quickly(spec)
@@ -146,7 +146,7 @@ def reproduce(
     _compare(path.with_name("expected.toml"), judged)
     if not quick:
         results = {
-            "commit": commit(path.parent),
+            "commit": code,
             "machine": machine(),
             "minutes": round(seconds / 60, 2),
             "seeds": spec.seeds,
