@@ -1,16 +1,20 @@
 """The command line. Heavy modules are imported inside commands: ``fedsim --help`` answers without torch."""
 
 import importlib.util
+import inspect
 import logging
 import shlex
 import sys
 import time
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_type_hints
 
 import click
 import typer
+import typer.core
+import typer.main
+import typer.models
 
 from fedsim import offline
 from fedsim.errors import ConfigError, FedsimError, Stopped
@@ -163,7 +167,7 @@ def list_(
     group: Annotated[Optional[str], typer.Argument(help="strategies, tasks, datasets or partitioners")] = None,  # noqa: UP045
 ) -> None:
     """What is installed: strategies, tasks, data sets, partitioners."""
-    from fedsim import registry
+    from fedsim import describe, registry
     from fedsim.errors import did_you_mean
 
     if group is not None and group not in registry.GROUPS:
@@ -171,30 +175,33 @@ def list_(
         raise ConfigError(f"'{group}' is not one of {', '.join(registry.GROUPS)}{hint}")
     for name in [group] if group else registry.GROUPS:
         print(f"{name}:")
+        rows = []
         for entry in registry.installed(name).values():
             clash = registry.clashes(name).get(entry.name)
-            print(f"  {entry.name:<20} {' and '.join(clash) + '  (clash: cannot be used)' if clash else entry.value}")
+            said = (
+                f"{' and '.join(clash)} (two packages claim the name: unusable)" if clash else describe.summary(entry)
+            )
+            rows.append((f"  {entry.name}", said))
+        print("\n".join(describe.table(rows)))
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="a strategy, task, data set or partitioner")]) -> None:
     """What a plugin is, where it comes from, and its settings."""
-    from fedsim import registry
+    from fedsim import describe, registry
     from fedsim.errors import did_you_mean
 
     groups = [group for group in registry.GROUPS if name in registry.installed(group)]
-    if ":" in name:
+    if ":" in name or name.endswith(".py"):
         groups = ["strategies"]
     if not groups:
         known = [n for group in registry.GROUPS for n in registry.installed(group)]
         raise ConfigError(f"'{name}' not found{did_you_mean(name, known)}")
     for group in groups:
         plugin = registry.load(group, name)
-        print(f"{name} ({group})\n\n{(getattr(plugin, '__doc__', '') or '').strip()}\n\nsettings:")
-        for key, field in plugin.Config.model_fields.items():
-            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
-            print(f"  {key:<14} {kind:<24} {default:<14} {field.description or ''}".rstrip())
+        entry = registry.installed(group).get(name)
+        print(f"{name} ({group}{f', {entry.value}' if entry else ''})\n\n{describe.about(plugin)}\n\nsettings:")
+        print("\n".join(f"  {line}" for line in describe.settings(plugin.Config)))
 
 
 @app.command()
@@ -438,6 +445,43 @@ def guard() -> None:
             raise ConfigError(f"the package '{package}' comes from {where}, not from {root}: a stranger hides ours")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from fedsim import __version__
+
+        print(f"fedsim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Federated-learning simulation on Flower."""
+
+
+def command() -> click.Command:
+    """The command line, with its arguments explained: click 8.5 forgets what typer 0.20, Flower's pin, tells it."""
+    typer.core.HAS_RICH = False  # no markup is wanted, so none needs to be escaped
+    made = typer.main.get_command(app)
+
+    def explain(of: click.Command) -> None:
+        for inner in getattr(of, "commands", {}).values():
+            explain(inner)
+        hints = get_type_hints(inspect.unwrap(of.callback), include_extras=True) if of.callback else {}
+        for parameter in of.params:
+            if isinstance(parameter, click.Argument):
+                marks = getattr(hints.get(parameter.name or ""), "__metadata__", ())
+                said = next((m.help for m in marks if isinstance(m, typer.models.ArgumentInfo)), None)
+                row = (parameter.make_metavar(click.Context(of)), said or "")
+                setattr(parameter, "get_help_record", lambda ctx, row=row: row)  # noqa: B010
+
+    explain(made)
+    return made
+
+
 def main() -> None:
     """Entry point: every expected error is one line, and no traceback."""
     offline.prepare()
@@ -446,7 +490,7 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
         guard()
-        code = app(standalone_mode=False)
+        code = command()(standalone_mode=False)
     except FedsimError as e:
         for line in str(e).splitlines():
             print(line if isinstance(e, Stopped) else f"error: {line}", file=sys.stderr)
@@ -455,6 +499,9 @@ def main() -> None:
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
+    except click.exceptions.NoArgsIsHelpError as e:
+        print(e.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as e:
         print(f"error: {e.format_message()}", file=sys.stderr)
         sys.exit(2)

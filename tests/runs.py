@@ -1,6 +1,7 @@
 """Runs for tests: small experiments on real data, the command here or in a process of its own, folders hashed."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -112,3 +113,19 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses on which a process listens, from the kernel's own tables."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(link)
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            cells = row.split()
+            if cells[9] in inodes and (cells[3] == "0A" or table.startswith("udp")):
+                found.append(cells[1])
+    return found

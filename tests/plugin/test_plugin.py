@@ -41,10 +41,10 @@ def test_list_shows_it_and_survives_a_broken_one(fedsim) -> None:
     answer = fedsim("list", "strategies")
     assert answer.code == 0, answer.err
     rows = dict(line.split(maxsplit=1) for line in answer.out.splitlines() if line.startswith("  "))
-    assert rows["sign_momentum"] == "sign_momentum"
-    assert rows["broken"] == "broken_plugin"
-    assert rows["fedexp"].startswith("broken_plugin and strategies.fedexp") and "clash" in rows["fedexp"]
-    assert rows["fedavg"] == "strategies.fedavg"
+    assert rows["sign_momentum"].startswith("A server that follows signs only, after signSGD with momentum")
+    assert rows["broken"] == "What a plugin must not do"  # read, not imported
+    assert rows["fedexp"] == "broken_plugin and strategies.fedexp (two packages claim the name: unusable)"
+    assert rows["fedavg"].startswith("FedAvg (McMahan et al. 2017")
 
 
 def test_the_contract_holds(fedsim) -> None:
