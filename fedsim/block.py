@@ -329,4 +329,9 @@ def each(f: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def stack(values: Sequence[Any]) -> Any:
     """Equal structures, stacked leaf by leaf."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.stack(list(values))
+    if type(first) is dict and all(type(v) is dict and v.keys() == first.keys() for v in values):
+        return {name: stack([v[name] for v in values]) for name in first}
     return pytree.tree_map(lambda *leaves: torch.stack(leaves), *values)
