@@ -26,7 +26,8 @@ class World:
         self.task: dict[str, Any] = self.spec["experiment"]["task"]
         self.rounds = int(self.spec["experiment"]["rounds"])
         strategy = self.spec["experiment"]["strategy"]
-        self.lr, self.batch_size, self.epochs = strategy["lr"], strategy["batch_size"], strategy.get("epochs", 1)
+        self.lr, self.batch_size = strategy.get("lr", 0.0), strategy.get("batch_size", 1)  # a no-op has neither
+        self.epochs = strategy.get("epochs", 1)
         self.x, self.y = (torch.from_numpy(self.array(f"train_{n}")) for n in "xy")
         self.cohorts = self.array("cohorts")
         self._order, self._bounds = self.array("order"), self.array("bounds")
