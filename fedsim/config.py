@@ -74,7 +74,7 @@ class EngineConfig(Closed):
     )
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     execution: Literal["auto", "plain", "batched"] = Field(
-        "auto", description="one client at a time, or a block of clients as stacked tensors; auto: plain on a CPU"
+        "auto", description="clients one at a time, or a block of them as stacked tensors; auto: whichever is faster"
     )
     block: int = Field(8, ge=1, le=4096, description="clients that a worker runs at once; a power of two")
     paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
