@@ -292,7 +292,8 @@ def _child(workload: Workload, arm: Arm, folder: Path, python: str) -> Figures |
         killer = threading.Timer(TIMEOUT, child.kill)
         killer.start()
         assert child.stdout is not None
-        events = [json.loads(line) for line in child.stdout if line.startswith('{"event"')]
+        with child.stdout:
+            events = [json.loads(line) for line in child.stdout if line.startswith('{"event"')]
         code = child.wait()
         killer.cancel()
         memory = peak.stop()
