@@ -100,7 +100,7 @@ def test_stopped_by_a_signal(tmp_path: Path, signal: signal.Signals, code: int) 
     process = runs.start("run", file, "--out", out, cwd=tmp_path)
     runs.wait_for(out / "checkpoint" / "round-00000002", process)
     process.send_signal(signal)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in err
     assert err.splitlines()[-1].endswith(f"fedsim run {file} --out {out} --resume")

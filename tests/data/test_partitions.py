@@ -77,7 +77,8 @@ def test_the_key_decides_and_nothing_else(options: dict[str, Any]) -> None:
 
 
 def test_every_partitioner_of_ours_is_in_these_tests() -> None:
-    assert {str(o["name"]) for o in WHOLE} | {"sampled"} == set(registry.installed("partitioners"))
+    elsewhere = {"dominant_groups", "label_skew"}  # test_dominant_groups.py, test_texts.py
+    assert {str(o["name"]) for o in WHOLE} | {"sampled"} | elsewhere == set(registry.installed("partitioners"))
 
 
 @few
