@@ -67,21 +67,24 @@ def way(engine: EngineConfig, data: Split, local: Local) -> Way:
     of as many clients as stay in its cache: that is measured to win (docs/benchmarks.md), while other stacked tensors
     lose to the plain step there.
     """
+    # Of training alone: that evaluation may run otherwise is no news, and two lines would contradict each other.
+    trains = any(each.schedule.split == "train" for each in local.passes)
+    say: Callable[[str], None] = say_once if trains else lambda message: None
     device, one_by_one = data.x.device.type, Way(engine.block, False)
     if engine.execution == "plain":
         return one_by_one
     if local.unbatchable is not None:
-        say_once(f"clients run one by one: {local.unbatchable}")
+        say(f"clients run one by one: {local.unbatchable}")
         return one_by_one
     if device != "cpu" or engine.execution == "batched":
-        say_once(f"clients run in blocks of {engine.block} on {device}")
+        say(f"clients run in blocks of {engine.block} on {device}")
         return Way(engine.block, True)
     fused = [lowered(each) for each in local.passes]
     if not fused or None in fused or data.x.dtype == torch.float64:
-        say_once("clients run one by one: on a CPU the plain step is faster than stacked tensors")
+        say("clients run one by one: on a CPU the plain step is faster than stacked tensors")
         return one_by_one
     size = min(engine.block, *(f.most for f in fused if f))
-    say_once(f"clients run in blocks of {size} on {device}: their steps are written out for a block")
+    say(f"clients run in blocks of {size} on {device}: their steps are written out for a block")
     return Way(size, True)
 
 
