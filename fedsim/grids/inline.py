@@ -81,7 +81,7 @@ def way(engine: EngineConfig, data: Split, local: Local) -> Way:
         return Way(engine.block, True)
     fused = [lowered(each) for each in local.passes]
     if not fused or None in fused or data.x.dtype == torch.float64:
-        say("clients run one by one: on a CPU the plain step is faster than stacked tensors")
+        say("clients run one by one where a step is not written out for a block: on a CPU that is faster")
         return one_by_one
     size = min(engine.block, *(f.most for f in fused if f))
     say(f"clients run in blocks of {size} on {device}: their steps are written out for a block")
