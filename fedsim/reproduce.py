@@ -267,10 +267,10 @@ def _one(tables: dict[str, Any], folder: Path) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         run(config.parse(tables), folder, resume=begun)
-    except Stopped as e:
+    except (Stopped, KeyboardInterrupt):
         if multiprocessing.parent_process() is None:
             raise
-        os._exit(e.exit_code)  # an exception would only make the pool's worker take up the next run
+        os._exit(1)  # an exception would only make the pool's worker take up the next run
     except FedsimError as e:
         return str(e)
     return None
