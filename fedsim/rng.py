@@ -27,7 +27,8 @@ class Key(NamedTuple):
         """The stream named by this path and ``names``; ``at(a).at(b)`` is ``at(a, b)``."""
         digest = self.digest
         for name in names:
-            digest = blake2b(f"{type(name).__name__}:{name}".encode(), digest_size=16, key=digest).digest()
+            text = f"str:{name}" if isinstance(name, str) else f"int:{int(name)}"  # NumPy's 3 is 3
+            digest = blake2b(text.encode(), digest_size=16, key=digest).digest()
         return Key(self.seed, digest)
 
     def numpy(self) -> np.random.Generator:
