@@ -9,7 +9,7 @@ by hand for K clients whose parameters are stacked:
     the rest      one operation over all clients
 
 On a CPU a block of 2 to 16 such clients stays in the cache, and costs a quarter to a half of what as many plain steps
-cost (docs/decisions/0010-lowering.md). ``lower`` answers None for anything else; clients then run as they always can.
+cost (docs/decisions/0007-lowering.md). ``lower`` answers None for anything else; clients then run as they always can.
 """
 
 import copy
