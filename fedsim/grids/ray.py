@@ -66,6 +66,7 @@ log = logging.getLogger("fedsim")
 
 START = 180.0  # seconds in which a worker must be there
 DEATHS = 2  # of workers on one block alone, before it is taken apart
+SHARE = 1.25  # a free worker takes this part of its share of what is left: most of it at first, little at the end
 STILLBORN = 3  # workers in a row that die before they are there
 STORE = 1 << 28  # bytes of the object store besides what is known to go in
 BOOTSTRAP = "cluster_name: local\nprovider: {type: local}\navailable_node_types: {}\n"
@@ -281,7 +282,7 @@ class Pool:
                 while queue and self._free:
                     chunk = [queue.popleft()]
                     cost = chunk[0].cost
-                    while queue and not chunk[0].alone and not queue[0].alone and cost < left / (2 * self.size):
+                    while queue and not chunk[0].alone and not queue[0].alone and cost < left / (SHARE * self.size):
                         chunk.append(queue.popleft())
                         cost += chunk[-1].cost
                     left -= cost
