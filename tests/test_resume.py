@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from fedsim.config import Experiment
 from fedsim.errors import ClientError, FedsimError, ResumeError
 from fedsim.run import run
