@@ -342,12 +342,14 @@ def test_any_value_anywhere(changes: list[tuple[tuple[str, ...], Any, bool]]) ->
                 table.pop(path[-1], None)
             else:
                 table[path[-1]] = value
+    problems = ("nothing: wrong",)
     try:
         config.parse(tables)
     except ConfigError as e:
-        assert e.problems
-        for problem in e.problems:
-            assert "\n" not in problem and re.match(r"\S.*: ", problem), problem
+        problems = e.problems
+    assert problems
+    for problem in problems:
+        assert "\n" not in problem and re.match(r"\S.*: ", problem), problem
 
 
 def _typo(word: str, rng: random.Random) -> str:
