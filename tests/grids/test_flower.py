@@ -29,7 +29,8 @@ def test_private_names_are_where_they_were() -> None:
     from flwr.supercore.task_identity import TaskIdentity
 
     for name in ("run_id", "node_id", "task_id"):
-        assert hasattr(TaskIdentity, name) or name in TaskIdentity.__annotations__, f"TaskIdentity.{name} is gone"
+        # Asked of the metaclass: the property itself raises in a process that nobody has named yet.
+        assert hasattr(type(TaskIdentity), name), f"TaskIdentity.{name} is gone"
     assert "run_id" in inspect.signature(Run.create_empty).parameters
     flower.identify()
     message = Message(RecordDict(), 3, "train")
