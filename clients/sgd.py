@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedsim import tree
-from fedsim.autodiff import value_and_grad
+from fedsim.autodiff import transformed, value_and_grad
 from fedsim.config import Closed, StrategyConfig
 from fedsim.lower import Chain
 from fedsim.types import Batch, Done, Fused, Local, Pass, Payload, Private, Schedule, Task, Tree, Visit
@@ -154,7 +154,7 @@ def sgd(
             g, measured = task.private.gradient(c.params, batch, draw, c.own), c
         else:
             loss, g = loss_and_grad(c.params, batch)
-            n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
+            n = len(batch.y) if batch.weight is None else batch.weight.sum()
             measured = c._replace(loss=c.loss + loss.detach() * n, examples=c.examples + n)
         if config.weight_decay:
             g = tree.axpy(config.weight_decay, c.params, g)
@@ -165,7 +165,12 @@ def sgd(
     def move(c: Carry, g: Tree) -> Carry:
         t = c.step + 1
         direction, moments = _direction(config, g, c.moments, t)
-        return c._replace(params=tree.axpy(-c.rate, direction, c.params), moments=moments, step=t)
+        if c.rate.device.type == "cpu" and not transformed():
+            eta = float(c.rate)  # as a number it goes into the sum, which is then one operation
+            w = tree.map(lambda x, d: torch.sub(x, d, alpha=eta), c.params, direction)
+        else:
+            w = tree.axpy(-c.rate, direction, c.params)
+        return c._replace(params=w, moments=moments, step=t)
 
     step = Descent(gradient, move)
     draw = partial(_draw, task.private) if task.private else None

@@ -19,6 +19,8 @@ from torch._C import _are_functorch_transforms_active as transformed  # what aut
 
 from fedsim.types import Batch, Tree
 
+__all__ = ["Block", "Loss", "transformed", "value_and_grad"]
+
 Loss = Callable[[Tree, Batch], Tensor]
 
 

@@ -25,6 +25,7 @@ CHANNELS_LAST = torch.channels_last
 CACHE = 5 << 20  # bytes that the widest activations of a block may take: measured, see docs/benchmarks.md
 FEW = 4  # input channels, below which gradients of examples are had faster with channels last
 TINY = 1e-6  # Opacus's, in C/(‖g‖ + 10⁻⁶)
+MODELS = 16 << 20  # bytes of parameters in a block, beyond which more clients gain nothing
 MOST = 16  # clients at once, where activations are small
 _aten = torch.ops.aten
 
@@ -289,9 +290,9 @@ class Flat(NamedTuple):
 class Chain:
     """Cross-entropy of a chain of layers, for K clients at once. All results of a client depend on its slices alone."""
 
-    def __init__(self, layers: Sequence[Layer], kernels: frozenset[str], widest: int) -> None:
-        """``widest``: the numbers of an example's largest activation."""
-        self._layers, self._kernels, self._widest = layers, kernels, widest
+    def __init__(self, layers: Sequence[Layer], kernels: frozenset[str], widest: int, size: int) -> None:
+        """``widest``: the numbers of an example's largest activation; ``size``: bytes of the parameters."""
+        self._layers, self._kernels, self._widest, self._bytes = layers, kernels, widest, size
 
     def block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Values [K] and gradients [K, …]; nothing is changed (``fedsim.autodiff.Block``)."""
@@ -336,8 +337,8 @@ class Chain:
 
     def clients(self, batch_size: int) -> int:
         """How many clients to run at once on a CPU, a power of two: more fall out of the cache, fewer waste calls."""
-        examples = max(1, CACHE // (4 * self._widest) // batch_size)
-        return int(min(MOST, max(2, 1 << (examples.bit_length() - 1))))
+        fits = min(CACHE // (4 * self._widest * batch_size), MODELS // self._bytes)
+        return int(min(MOST, max(2, 1 << (max(fits, 1).bit_length() - 1))))
 
     def _run(self, params: Tree, batch: Batch, step: Step, share: Tensor) -> Tensor:
         """The sums of weighted losses [K]; gradients are those of Σ share · loss, and ``step`` takes them."""
@@ -455,7 +456,8 @@ def lower(module: nn.Module, example: tuple[Tensor, Tensor]) -> Chain | None:
     if not layers or len(shapes[-1]) != 1 or not isinstance(layers[-1], Linear):
         return None
     widest = max(torch.Size(shape).numel() for shape in shapes)
-    return Chain(layers, frozenset(layer.weight for layer in layers if isinstance(layer, Conv)), widest)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    return Chain(layers, frozenset(layer.weight for layer in layers if isinstance(layer, Conv)), widest, size)
 
 
 def _flatten(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]] | None:

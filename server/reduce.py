@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.types import Mean, Payload, Reducer, Report, Reports
 
-PIECE = 1 << 16  # numbers of float64 that fit the cache beside what is read
+PIECE = 1 << 17  # numbers of float64 that fit the cache beside what is read
 Weighting = Literal["examples", "uniform"]
 
 
