@@ -51,6 +51,8 @@ class Config(QueryConfig):
     def _room(self) -> "Config":
         if self.active > self.candidates or self.survey > self.survey_candidates:
             raise ValueError("candidates: must be at least the number that is chosen of them")
+        if not self.active and not self.survey:
+            raise ValueError("survey: must be at least 1 where active is 0: one point alone has no gradient")
         if self.local <= self.asked or self.history < max(self.local, self.fit, self.survey + 1):
             raise ValueError(
                 f"local: needs steps + (steps - 1)·active = {self.asked} < local, and history ≥ local, fit"

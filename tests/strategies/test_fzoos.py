@@ -82,7 +82,7 @@ CASES = [
     ("scaffold_zo", {"type": 1}, 10 * (4 + 1) + 4 + 1, 0),
     ("scaffold_zo", {"type": 2}, 10 * (4 + 1), 0),
     ("fzoos", {}, 10 + 9 * 5 + 1 + 50, 0),
-    ("fzoos", {"active": 0, "survey": 0}, 10 + 1, 0),
+    ("fzoos", {"active": 0, "survey": 1}, 10 + 2, 0),
     ("fzoos", {"steps": 1}, 1 + 1 + 50, 0),
     ("fedzo", {"accept": "if-better"}, 10 * (4 + 1), 1),
     ("fzoos", {"accept": "if-better"}, 106, 1),
@@ -323,10 +323,19 @@ def test_directions_beyond_the_dimension_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"local": 55}, {"history": 79}, {"survey": 201}, {"gamma": "2/t"}, {"gamma": -1.0}, {"noise": 0.0}]
+    "wrong",
+    [
+        {"active": 0, "survey": 0},
+        {"local": 55},
+        {"history": 79},
+        {"survey": 201},
+        {"gamma": "2/t"},
+        {"gamma": -1.0},
+        {"noise": 0.0},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(Exception, match=next(iter(wrong)) if "survey" not in wrong else "candidates"):
+    with pytest.raises(Exception, match="candidates" if wrong == {"survey": 201} else list(wrong)[-1]):
         experiment("fzoos", **wrong)
 
 
