@@ -76,7 +76,7 @@ class EngineConfig(Closed):
     execution: Literal["auto", "plain", "batched"] = Field(
         "auto", description="clients one at a time, or a block of them as stacked tensors; auto: whichever is faster"
     )
-    block: int = Field(8, ge=1, le=4096, description="clients that a worker runs at once; a power of two")
+    block: int = Field(16, ge=1, le=4096, description="clients that a worker runs at once; a power of two")
     paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
     on_error: Literal["raise", "drop"] = Field("raise", description="what a failing client does to the run")
     memory_mb: int = Field(1024, ge=1, description="of clients' memories in this process; the others go to files")
