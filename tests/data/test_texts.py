@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.data import label_skew, newsgroups, pretrained, rdata, spam_assassin, teacher, text
+from fedsim.data import fetch, label_skew, newsgroups, pretrained, rdata, spam_assassin, teacher, text
 from fedsim.data.dataset import Dataset, Split
 from fedsim.errors import DataError
 from fedsim.rng import Key
@@ -218,3 +218,27 @@ def test_a_teacher_is_the_student_moved_by_little_rank() -> None:
     assert 0.2 < float((said == a.train.y).float().mean()) < 0.8  # there is something to learn
     near = teacher.build(config.model_copy(update={"shift": 1e-4}))
     assert float((teacher.student(8, 64)(near.train.x).argmax(1) == near.train.y).float().mean()) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "classes", "counts"),
+    [
+        ("newsgroups", (11_293, 7_528), 20, {"rec.sport.hockey": 600}),
+        ("reuters", (5_485, 2_189), 8, {"earn": 2_840, "grain": 41}),
+        ("fine_foods", (3_972, 1_000), 2, {}),
+        ("spam_assassin", (4_837, 1_209), 2, {}),
+    ],
+)
+def test_what_was_fetched(name: str, sizes: tuple[int, int], classes: int, counts: dict[str, int]) -> None:
+    if not fetch.available()[name]:
+        pytest.skip(f"{name} is not here: `fedsim data get {name}`")
+    arrays = fetch.load(name)
+    found = {p: text.unpack(arrays, p) for p in ("train", "test")}
+    assert (len(found["train"]), len(found["test"])) == sizes
+    assert all(t.strip() for t in found["train"][:100]) and arrays["train_label"].shape == (sizes[0],)
+    labels, number = np.unique(arrays["train_label"], return_counts=True)
+    assert len(labels) == classes and set(arrays["test_label"]) == set(labels)
+    assert counts.items() <= dict(zip(labels.tolist(), number.tolist(), strict=True)).items()
+    if name == "spam_assassin":
+        both = np.concatenate([arrays["train_label"], arrays["test_label"]])
+        assert (int((both == "ham").sum()), int((both == "spam").sum())) == (4_150, 1_896)
