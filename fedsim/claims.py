@@ -10,6 +10,7 @@ row a cell of the grid and one column a seed.
     fall(run, target)     first round with ``key`` ≤ target, likewise
     total(run)            sum of ``key`` over the rounds
     summary(run)          ``key`` of summary.json
+    below(run, level)     1 where ``final`` (the last) is under ``level`` or no number, else 0: the share that collapsed
 
 An axis as a keyword picks cells: ``final(cl, lr=0.01)``, ``final(cl, lr=[0.01, 0.05])``. Of a table ``max`` and ``min``
 give the cell with the highest and the lowest mean over seeds, ``mean`` the average cell, ``spread`` is max − min, and
@@ -95,6 +96,10 @@ def _total(result: Result, *, key: str = "bytes_up") -> float:
     return float(np.sum(_series(result, key)))
 
 
+def _below(result: Result, level: float, *, key: str = "accuracy", last: int = 1) -> float:
+    return float(not _final(result, key=key, last=last) >= level)
+
+
 def _summary(result: Result, *, key: str = "total_bytes_up") -> float:
     value = result.summary.get(key)
     return NAN if value is None else float(value)
@@ -102,6 +107,7 @@ def _summary(result: Result, *, key: str = "total_bytes_up") -> float:
 
 MEASURES: dict[str, Callable[..., float]] = {
     "final": _final, "best": _best, "at": _at, "reach": _reach, "fall": _fall, "total": _total, "summary": _summary,
+    "below": _below,
 }  # fmt: skip
 OPTIONS = {"key", "last"}  # keywords that are no axes
 

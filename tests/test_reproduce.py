@@ -46,6 +46,8 @@ def values(text: str) -> list[list[float]]:
         ("fall(slow, 0.2, key='accuracy', lr=0.1)", [[1, 1]]),
         ("total(fast)", [[30, 30]]),
         ("summary(fast)", [[30, 30]]),
+        ("below(slow, 0.9)", [[1, 1], [1, 0]]),
+        ("mean(below(slow, 0.5, last=2))", [[0.5, 0]]),
         ("max(final(slow, last=2))", [[0.7, 0.8]]),
         ("min(final(slow, last=2))", [[0.3, 0.5]]),
         ("spread(final(slow, last=2))", [[0.4, 0.3]]),
@@ -73,6 +75,7 @@ def test_what_is_missing_makes_a_claim_false() -> None:
     assert not claims.judge("final(gone) < 1", grids).holds
     assert not claims.judge("max(final(gone)) < 1", grids).holds
     assert not claims.judge("at(gone, 9) < 1", grids).holds
+    assert claims.table("below(gone, 0.5)", grids).values.tolist() == [[1, 0]]
 
 
 def test_rounds_that_measured_nothing_are_passed_over() -> None:
