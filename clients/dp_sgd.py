@@ -129,7 +129,7 @@ def _like(flags: Tensor, g: Tensor) -> Tensor:
 
 def noised(total: Tree, noise: Tree, deviation: float) -> Tree:
     """Σ g_i + N(0, deviation² I), of which ``noise`` is the standard draw."""
-    return tree.map(lambda g, z: g + deviation * z.to(g.device), total, noise)
+    return tree.map(lambda g, z: torch.add(g, z.to(g.device), alpha=deviation), total, noise)
 
 
 def averaged(total: Tree, batch_size: int, examples: Tensor) -> Tree:

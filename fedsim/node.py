@@ -233,7 +233,7 @@ def app(message: Message, context: Context) -> ClientApp:
 
     offline.prepare()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     experiment = settings(context.run_config)
     state = state_folder(context.node_config)
     mine = federation(experiment, context.node_config)

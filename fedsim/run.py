@@ -86,9 +86,7 @@ def assemble(
 
     ``secret`` names the draws that privacy rests on; without it there is a new one.
     """
-    torch.set_num_threads(1)
-    malloc.keep()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    _prepare()
     private: Private | None = None
     strategy: Any
     if experiment.privacy:
@@ -124,11 +122,17 @@ def assemble(
     return Session(experiment, federation, task, driver, memory, grid, site, private)
 
 
-def site(experiment: Experiment, federation: Federation, secret: Key | None) -> Site:
-    """What a worker needs to run the phases of an experiment that another process drives."""
+def _prepare() -> None:
+    """One thread a process, freed memory kept, and operations with the same bits every time."""
     torch.set_num_threads(1)
     malloc.keep()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As torch.use_deterministic_algorithms(True, warn_only=True), which would load all of torch._inductor: 1.5 s.
+    torch.set_deterministic_debug_mode("warn")
+
+
+def site(experiment: Experiment, federation: Federation, secret: Key | None) -> Site:
+    """What a worker needs to run the phases of an experiment that another process drives."""
+    _prepare()
     task: Task = registry.build(
         "tasks", experiment.task.model, "task.model", experiment.task, federation.dataset, len(federation)
     )
@@ -351,7 +355,9 @@ def leaks(session: Session, state: Any, round: int, folder: Path) -> dict[str, f
     of, attacker = session.experiment.attack, session.attacker
     if of is None or attacker is None or (round - 1) % of.every:
         return {}
-    return attack.save(folder, attacker(state, session.memory, round), round, of.model_dump(exclude_none=True))
+    return attack.save(
+        folder, attacker(state, session.memory, round), round, attacker.config.model_dump(exclude_none=True)
+    )
 
 
 def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str, Any]:
