@@ -40,7 +40,7 @@ log = logging.getLogger("fedsim")
 
 Start = Literal["kaiming", "gaussian", "orthogonal", "svd"]
 
-ATTENTION = ("query", "value", "q_lin", "v_lin", "q_proj", "v_proj")  # names of these projections in common models
+ATTENTION = ("query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "c_attn")  # their names in common models
 TRIED = 1e-3  # relative; the two formulations differ by rounding, and a wrong one differs wholly
 
 
@@ -197,7 +197,8 @@ def files(
     A module that keeps its backbone in a part of its own says so by ``backbone = (name of the part, path)``; names are
     then the backbone's, and what is outside of it (the head) is in ``head.safetensors``.
     """
-    part, path = getattr(_module(task), "backbone", ("", None))
+    module = _module(task)
+    part, path = getattr(module, "backbone", ("", None))
     prefix = f"{part}." if part else ""
     pairs = {layer: _pair(layer, alpha, factors, change.get(layer.weight)) for layer in layers}
     rank = max(len(A) for A, _ in pairs.values())
@@ -215,6 +216,7 @@ def files(
         "lora_alpha": rank,  # the scale is in B
         "lora_dropout": 0.0,
         "bias": "none",
+        "fan_in_fan_out": any(hasattr(module.get_submodule(layer.name), "fan_in_fan_out") for layer in layers),
         "target_modules": [layer.name.removeprefix(prefix) for layer in layers],
     }
     out = {

@@ -12,7 +12,8 @@ them.
 ``init`` gives the pre-trained weights, and the head from its generator. All of it is trained, ``trainable = "head"``
 makes the rest a constant; adapters (`ffa_lora` and its family) are put on it by the strategy. Parameters are named as
 the model names them, behind ``encoder.`` or ``decoder.``, and ``head.weight``, ``head.bias``. Dropout is off, so that
-clients can run in blocks and a step is a function of its batch. Needs the extra [text]; nothing is downloaded, and no
+clients can run in blocks and a step is a function of its batch. ``precision = "bfloat16"`` is that of the products
+inside the model; parameters, gradients and the head stay float32. Needs the extra [text]; nothing is downloaded, and no
 code out of a model's folder is run.
 """
 
@@ -38,34 +39,43 @@ class Config(TaskConfig):
     pooling: Literal["mean", "first", "last"] = "mean"
     trainable: Literal["all", "head"] = "all"
     attention: Literal["eager", "sdpa"] = "eager"  # as fast on a CPU, and clients can run in blocks
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Classifier(nn.Module):
     """An encoder, its states pooled over the tokens of a text, and a linear head."""
 
-    def __init__(self, encoder: Any, width: int, classes: int, pooling: str, pad: int, path: str) -> None:
+    def __init__(self, encoder: Any, classes: int, config: Config, pad: int, path: str) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, classes)
-        self.pooling, self.pad = pooling, pad
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, classes)
+        self.pooling, self.precision, self.pad = config.pooling, config.precision, pad
         self.backbone = ("encoder", path)  # where an adapter's names begin (fedsim.tasks.adapters.files)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x != self.pad
-        states = self.encoder(input_ids=x, attention_mask=_additive(mask, self.head.weight.dtype)).last_hidden_state
-        logits: Tensor = self.head(pooled(states, mask, self.pooling))
+        dtype = self.head.weight.dtype
+        with products(self.precision, x.device):
+            states = self.encoder(input_ids=x, attention_mask=_additive(mask, dtype)).last_hidden_state
+        logits: Tensor = self.head(pooled(states.to(dtype), mask, self.pooling))
         return logits
 
 
 class Generator(nn.Module):
     """A causal language model: logits for the token after each."""
 
-    def __init__(self, decoder: Any, path: str) -> None:
+    def __init__(self, decoder: Any, config: Config, path: str) -> None:
         super().__init__()
-        self.decoder, self.backbone = decoder, ("decoder", path)
+        self.decoder, self.precision, self.backbone = decoder, config.precision, ("decoder", path)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(input_ids=x, use_cache=False).logits
-        return logits
+        with products(self.precision, x.device):
+            logits: Tensor = self.decoder(input_ids=x, use_cache=False).logits
+        return logits.to(next(self.decoder.parameters()).dtype)
+
+
+def products(precision: str, device: torch.device) -> torch.autocast:
+    """Inside, matrix products are of this precision; what they add up to is kept in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,12 +121,23 @@ def _read(path: Path, causal: bool, attention: str) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise ConfigError(f"task.path: {path} cannot be opened: {str(e).splitlines()[0]}") from None
-    for part in model.modules():
+    for part in list(model.modules()):
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+        for name, child in part.named_children():
+            if isinstance(child, hf.pytorch_utils.Conv1D):
+                setattr(part, name, _linear(child))
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # its output is not used, and it would be averaged for nothing
     return model.train()
+
+
+def _linear(conv: Any) -> nn.Linear:
+    """GPT-2's "Conv1D", x W + b, as the layer that everyone else has: x (Wᵀ)ᵀ + b."""
+    linear = nn.Linear(*conv.weight.shape)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().T.contiguous()), conv.bias
+    linear.fan_in_fan_out = True  # type: ignore[assignment]  # as PEFT calls it, which will meet the original
+    return linear
 
 
 def build(config: Config, dataset: Dataset, population: int) -> Task:
@@ -141,10 +162,8 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
     def make() -> nn.Module:
         own = copy.deepcopy(model)
         if causal:
-            return Generator(own, str(path))
-        whole = Classifier(
-            own, own.config.hidden_size, dataset.classes, config.pooling, pretrained.pad(path), str(path)
-        )
+            return Generator(own, config, str(path))
+        whole = Classifier(own, dataset.classes, config, pretrained.pad(path), str(path))
         if config.trainable == "head":
             whole.encoder.requires_grad_(False)
         return whole
