@@ -10,15 +10,23 @@ from the partition's key. Requests that they would answer with a traceback, an e
 progress bar. The vertical partitioners split features, not examples, and are no partition of ours.
 """
 
+import contextlib
+import io
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from fedsim import files
 from fedsim.config import PartitionConfig
+from fedsim.data import fetch
 from fedsim.data.dataset import Dataset, Indices, Partition
 from fedsim.data.partition import MAX_ALPHA, Lists, Partitioner, enough, labels, owners
 from fedsim.errors import DataError
@@ -26,6 +34,8 @@ from fedsim.rng import Key
 
 Column = npt.NDArray[Any]
 Count = Annotated[int, Field(ge=1)]
+
+KEPT = 256  # splits on disk, the newest
 
 
 def _split(
@@ -35,21 +45,12 @@ def _split(
 
     ``whole``: every example must be held by a client. Raises ``DataError`` with the library's own reason.
     """
-    # Both imports take a second, which a command that only reads a config should not wait for.
-    import datasets
-    from flwr_datasets import partitioner as library
-
     n = len(column)
-    order = key.at("shuffle").numpy().permutation(n)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the library warns about is checked below, or is what was asked for
-        try:
-            split = getattr(library, cls)(**arguments)
-            split.dataset = datasets.Dataset.from_dict({"index": order, "column": column[order]})
-            clients = _clients(split, order)
-        except (ValueError, IndexError, KeyError, TypeError, AssertionError, ZeroDivisionError, OverflowError) as e:
-            reason = " ".join(str(e).split()) or type(e).__name__
-            raise DataError(f"data.partition: {config.name} cannot split {n} examples: {reason}") from None
+    try:
+        clients = _kept(cls, arguments, column, key)
+    except (ValueError, IndexError, KeyError, TypeError, AssertionError, ZeroDivisionError, OverflowError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise DataError(f"data.partition: {config.name} cannot split {n} examples: {reason}") from None
     empty = [i for i, held in enumerate(clients) if len(held) == 0]
     if empty or not clients:
         raise DataError(
@@ -60,6 +61,43 @@ def _split(
     if held.max() > 1 or (whole and held.min() < 1):
         raise DataError(f"data.partition: {config.name} does not give each of {n} examples to one client")
     return Lists(clients)
+
+
+def _kept(cls: str, arguments: Mapping[str, Any], column: Column, key: Key) -> list[Indices]:
+    """The examples of each client, from a file where the same split was made before.
+
+    The library takes 2 s to load, and makes a thousand clients in another: of each run, and of each node.
+    """
+    what = repr((version("flwr-datasets"), cls, sorted(arguments.items()), key.digest, column.dtype.str, len(column)))
+    digest = blake2b(what.encode() + (repr(column.tolist()).encode() if column.dtype == object else column.tobytes()))
+    file = fetch.folder() / "partitions" / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(io.BytesIO(file.read_bytes())) as found:
+            return list(np.split(found["rows"], found["cuts"]))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        clients = _drawn(cls, arguments, column, key)
+    data = io.BytesIO()
+    cuts = np.cumsum([len(c) for c in clients[:-1]], dtype=np.int64)
+    np.savez_compressed(data, rows=np.concatenate(clients), cuts=cuts)
+    with contextlib.suppress(OSError):  # a machine that does not let us write draws again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write(file, data.getvalue())
+        for old in sorted(file.parent.glob("*.npz"), key=os.path.getmtime)[:-KEPT]:
+            old.unlink()
+    return clients
+
+
+def _drawn(cls: str, arguments: Mapping[str, Any], column: Column, key: Key) -> list[Indices]:
+    """The examples of each client, by the library."""
+    import datasets
+    from flwr_datasets import partitioner as library
+
+    order = key.at("shuffle").numpy().permutation(len(column))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the library warns about is checked later, or is what was asked for
+        split = getattr(library, cls)(**arguments)
+        split.dataset = datasets.Dataset.from_dict({"index": order, "column": column[order]})
+        return _clients(split, order)
 
 
 def _clients(split: Any, order: Indices) -> list[Indices]:

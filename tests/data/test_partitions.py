@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim import registry
+from fedsim.data import flower
 from fedsim.data.dataset import Dataset, Partition, Split
 from fedsim.errors import ConfigError, DataError
 from fedsim.rng import Key
@@ -19,6 +21,12 @@ from fedsim.rng import Key
 few = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits are drawn here, not read from a file of an earlier test."""
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "data"))
 
 
 def world(examples: int = 300, classes: int = 5, owners: int = 7, seed: int = 0) -> Dataset:
@@ -68,12 +76,50 @@ def test_each_example_is_held_by_one_client(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", WHOLE, ids=lambda o: "-".join(map(str, o.values()))[:40])
-def test_the_key_decides_and_nothing_else(options: dict[str, Any]) -> None:
+def test_the_key_decides_and_nothing_else(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     first = clients(build(options, world()))
     np.random.seed(0)  # noqa: NPY002
+    monkeypatch.setattr(flower, "_kept", flower._drawn)
     assert clients(build(options, world())) == first
     if options["name"] != "natural_id":
         assert clients(build(options, world(), seed=1)) != first
+
+
+def test_a_split_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, draw = [], flower._drawn
+
+    def counted(*args: Any) -> Any:
+        drawn.append(args[0])
+        return draw(*args)
+
+    monkeypatch.setattr(flower, "_drawn", counted)
+    options = {"name": "dirichlet", "clients": 10, "alpha": 0.5}
+    first = clients(build(options, world()))
+    assert clients(build(options, world())) == first
+    assert drawn == ["DirichletPartitioner"]
+    # Another option, seed or label is another split.
+    others = [build(options | {"alpha": 0.6}, world()), build(options, world(), seed=1), build(options, world(seed=1))]
+    assert all(clients(other) != first for other in others) and len(drawn) == 4
+    # A file that was cut short is drawn again, and one that is not a split of these examples is refused.
+    kept = sorted((tmp_path / "data" / "partitions").glob("*.npz"), key=lambda f: f.stat().st_mtime_ns)
+    whole = kept[0].read_bytes()
+    kept[0].write_bytes(whole[: len(whole) // 2])
+    assert clients(build(options, world())) == first and len(drawn) == 5
+    np.savez(kept[0], rows=np.zeros(300, np.int64), cuts=np.arange(30, 300, 30))
+    with pytest.raises(DataError, match="one client"):
+        build(options, world())
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the folder should be")
+    assert len(build({"name": "dirichlet", "clients": 10, "alpha": 0.5}, world())) == 10
+
+
+def test_splits_on_disk_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "KEPT", 2)
+    for seed in range(4):
+        build({"name": "linear", "clients": 10}, world(), seed=seed)
+    assert len(list((tmp_path / "data" / "partitions").iterdir())) == 2
 
 
 def test_every_partitioner_of_ours_is_in_these_tests() -> None:
