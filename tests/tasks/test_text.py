@@ -23,7 +23,7 @@ from fedsim.tasks import adapters, text
 from fedsim.tasks.module import seeded
 from fedsim.types import Batch, Task, Tree
 from server.loop import run_round
-from strategies import fedavg, fedex_lora, ffa_lora
+from strategies import fedavg, fedex_lora, fedit, ffa_lora
 
 peft = pytest.importorskip("peft")
 hf = text.transformers()
@@ -371,3 +371,27 @@ def test_what_does_not_fit_is_said(bert: Path, tmp_path: Path) -> None:
         text.build(config, Dataset("texts", long, long, 3), 3)
     with pytest.raises(ConfigError, match="needs tokens"):
         text.build(config, Dataset("numbers", numbers, numbers, 3), 3)
+
+
+@pytest.mark.skipif(not fetch.available()["minilm"], reason="fedsim data get minilm")
+@pytest.mark.parametrize(("module", "size"), [(ffa_lora, 147_456), (fedit, 294_912)])
+def test_bytes_on_minilm(module: Any, size: int) -> None:
+    """Rank 8 on query and value of six layers of 384: 36,864 numbers of B, and as many of A."""
+    world = texts(n=16, high=30_000)
+    strategy = module.build(module.Config(**STEPS | {"rank": 8, "steps": 1}), task(Path("minilm"), world))
+    _, trained = run_round(strategy, strategy.init(KEY.torch()), 1, [0, 1], grid(world), KEY)
+    assert trained.bytes_up == 2 * size and trained.bytes_down == 2 * (size + 8)
+
+
+def test_a_model_is_read_once(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a client, not for a round, not for another task on it."""
+    read = []
+    real = hf.AutoModel.from_pretrained
+    monkeypatch.setattr(hf.AutoModel, "from_pretrained", lambda *args, **kw: read.append(args) or real(*args, **kw))
+    world = texts()
+    for _ in range(2):
+        strategy = ffa_lora.build(ffa_lora.Config(**STEPS), task(bert, world))
+        state = strategy.init(KEY.torch())
+        for r in (1, 2):
+            state, _ = run_round(strategy, state, r, [0, 1, 2], grid(world), KEY)
+    assert len(read) == 1
