@@ -34,11 +34,13 @@ def specs() -> list[Spec]:
         size = f"strategy.batch_size={batch}"
         arms += [
             (f"one by one, batch {batch}", (size, "engine.execution=plain")),
-            (f"blocks of 8, batch {batch}", (size, batched)),
+            (f"in blocks, batch {batch}", (size, batched)),
         ]
     private = (
         "strategy.batch_size=8", "engine.execution=plain", "privacy.mode=example", "privacy.noise_multiplier=1.0",
         "privacy.delta=1e-5", "privacy.max_grad_norm=1.0",
     )  # fmt: skip
+    arms.append(("private, batch 8", private))
+    arms.append(("bfloat16, in blocks, batch 8", ("strategy.batch_size=8", batched, "task.precision=bfloat16")))
     title = "LoRA: MiniLM, FFA-LoRA on query and value, 16 clients, 2 steps of 32 tokens"
-    return [Spec("lora", title, experiment, (*arms, ("private, batch 8", private)))]
+    return [Spec("lora", title, experiment, tuple(arms))]
