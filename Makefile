@@ -18,7 +18,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.all: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[ray,privacy,text,test,dev]'
+	$(INSTALL) -e '.[ray,privacy,text,vision,test,dev]'
 	@touch $@ $(VENV)/.core
 
 install: $(VENV)/.core  ## install fedsim into .venv
@@ -66,10 +66,16 @@ reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
 reproduce-hyperfl: $(VENV)/.all  ## HyperFL's and MIP's claims, and what attackers reconstruct, judged
 	$(BIN)/fedsim data get fashion_mnist
 	$(BIN)/fedsim reproduce experiments/hyperfl/claims.toml
+	for name in cifar10_test efficientnet_lite0 newsgroups minilm; do $(BIN)/fedsim data get $$name || exit 1; done
+	$(BIN)/fedsim reproduce experiments/hyperfl/cifar/claims.toml
+	$(BIN)/fedsim reproduce experiments/hyperfl/lpm/claims.toml
 
 reproduce-hyperfl-quick: $(VENV)/.all  ## the same for two rounds of one seed: does it run?
 	$(BIN)/fedsim data get fashion_mnist
 	$(BIN)/fedsim reproduce experiments/hyperfl/claims.toml --quick
+	for name in cifar10_test efficientnet_lite0 newsgroups minilm; do $(BIN)/fedsim data get $$name || exit 1; done
+	$(BIN)/fedsim reproduce experiments/hyperfl/cifar/claims.toml --quick
+	$(BIN)/fedsim reproduce experiments/hyperfl/lpm/claims.toml --quick
 
 bench: $(VENV)/.all  ## time the engine on this machine
 	$(BIN)/fedsim bench

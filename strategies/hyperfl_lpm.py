@@ -8,7 +8,8 @@ W₀ is the task's own: ``model = "text"`` has a pre-trained transformer. It is 
 parametrization "mip" the adapters start at θ⁰, with B = 0: the backbone as it was; "default" starts somewhere.
 
 Differs from the paper: there, adapters are bottlenecks behind each block (ReLU between, a norm after) of a ViT or a
-ResNet; here they are LoRA's.
+ResNet; here they are LoRA's. One such bottleneck behind the last block is the task "bottleneck": with it the strategy
+``hyperfl`` is HyperFL-LPM, and the frozen model is run once for each example (experiments/hyperfl/lpm).
 """
 
 from typing import Any
