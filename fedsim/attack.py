@@ -3,12 +3,13 @@
 The victim is the strategy's own client, run by the engine on a few of its examples, with all that it does to its update
 (noise, clipping, a memory of its own). The attacker has what the server has: the broadcast, the update, and the config.
 It runs the same client, without noise, on pictures that it changes until the updates agree. What a client keeps to
-itself the attacker has to guess: ``knowledge`` says how. Of a strategy with several exchanges, the first is attacked.
+itself the attacker has to guess: ``knowledge`` says how, and ``labels`` how it comes by the labels. Of a strategy with
+several exchanges the first is attacked, and a line says so.
 """
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from fedsim import block, config, files, privacy, record, registry
 from fedsim.attacks import analytic
 from fedsim.attacks.images import matched, psnr, ssim
-from fedsim.attacks.invert import Plan, flat, invert
+from fedsim.attacks.invert import Found, Plan, flat, invert
 from fedsim.block import Guest, Work
 from fedsim.config import AttackConfig, Experiment
 from fedsim.data.dataset import Dataset, Federation, Indices, Split
@@ -77,6 +78,7 @@ class Attacker:
     config: AttackConfig
     settings: Any  # the strategy's config of the attacked visit
     task: Task
+    relaxed: Task  # the same; of labels that are probabilities, where these are optimised
     federation: Federation
     strategy: Strategy[Any]
     guessed: Strategy[Any]
@@ -105,25 +107,32 @@ class Attacker:
         found = self.inferred(victim)
         if found is not None:
             figures["label_accuracy"] = _overlap(found, victim.y)
-        y = victim.y
-        if c.labels == "inferred":
-            y = found if found is not None else torch.randint(self.task.classes, y.shape, generator=generator)
+        y: Tensor | None = victim.y
+        if c.labels == "optimised":
+            y = None
+        elif c.labels == "inferred":
+            y = found if found is not None else torch.randint(self.task.classes, victim.y.shape, generator=generator)
         plan = Plan(c.method, c.iterations, c.step, c.tv, c.restarts)
         if c.knowledge == "analytic":
-            guess, objective = self.by_structure(victim, y, plan, generator)
+            got = self.by_structure(victim, y, plan, generator)
         else:
-            guess, objective = self.by_simulation(victim, y, plan, generator, key, round)
-        truth, guess = victim.x.double(), matched(guess.detach().double(), victim.x.double())
-        figures |= {"psnr": _mean(psnr(guess, truth)), "ssim": _mean(ssim(guess, truth)), "objective": objective}
+            got = self.by_simulation(victim, y, plan, generator, key, round)
+        if y is None and got.others:
+            figures["label_accuracy"] = _overlap(got.others[0].argmax(-1), victim.y)
+        truth, guess = victim.x.double(), matched(got.x.detach().double(), victim.x.double())
+        figures |= {"psnr": _mean(psnr(guess, truth)), "ssim": _mean(ssim(guess, truth)), "objective": got.objective}
         mean_image = self.federation.dataset.train.x.double().mean(0).expand_as(truth)
         for name, image in (("mean_image", mean_image), ("grey", torch.full_like(truth, 0.5))):
             figures |= {f"psnr_{name}": _mean(psnr(image, truth)), f"ssim_{name}": _mean(ssim(image, truth))}
         return Loot(victim.client, truth, guess, figures)
 
     def by_simulation(
-        self, victim: Victim, y: Tensor, plan: Plan, generator: torch.Generator, key: Key, round: int
-    ) -> tuple[Tensor, float]:
-        """Run the strategy's own client on a guess. What it remembers is drawn as clients draw it, or known."""
+        self, victim: Victim, y: Tensor | None, plan: Plan, generator: torch.Generator, key: Key, round: int
+    ) -> Found:
+        """Run the strategy's own client on a guess. What it remembers is drawn as clients draw it, or known.
+
+        Where ``y`` is None the first of the other unknowns are logits (N, C), and the labels their softmax.
+        """
         local, n = self.guessed.phases[0].local, len(victim.y)
 
         def remembered(generator: torch.Generator) -> Payload:
@@ -134,29 +143,36 @@ class Attacker:
         fixed = remembered(key.at("memory").torch())
         places = [(channel, name) for channel, part in fixed.items() for name in part]
 
+        joint = self.config.knowledge == "joint"
+
         def unknowns(generator: torch.Generator) -> list[Tensor]:
-            drawn = remembered(generator)
-            return [drawn[channel][name] for channel, name in places]
+            labels = [] if y is not None else [self.any_labels(n, victim.x, generator)]
+            drawn = remembered(generator) if joint else {}
+            return labels + [drawn[channel][name] for channel, name in places if joint]
 
         def update(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+            held = Split(x, y if y is not None else others[0].softmax(-1))
+            others = others if y is not None else others[1:]
             memory = {channel: dict(part) for channel, part in fixed.items()}
             for (channel, name), t in zip(places, others):
                 memory[channel][name] = t
-            return centred(simulate(local, victim.shared, memory, Split(x, y), self.task.classes, key, round))
+            return centred(simulate(local, victim.shared, memory, held, self.task.classes, key, round))
 
         def centred(value: Payload) -> Tensor:
             return flat({**value, "delta": self.without_decay(value["delta"], victim)} if "delta" in value else value)
 
-        joint = unknowns if self.config.knowledge == "joint" and places else lambda generator: []
-        found = invert(update, centred(victim.sent), (n, *victim.x.shape[1:]), plan, generator, joint)
-        return found.x, found.objective
+        return invert(update, centred(victim.sent), (n, *victim.x.shape[1:]), plan, generator, unknowns)
 
-    def by_structure(self, victim: Victim, y: Tensor, plan: Plan, generator: torch.Generator) -> tuple[Tensor, float]:
+    def any_labels(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Logits of labels, (n, C), before anything is known of them."""
+        return torch.randn(n, self.task.classes, generator=generator).to(like)
+
+    def by_structure(self, victim: Victim, y: Tensor | None, plan: Plan, generator: torch.Generator) -> Found:
         """Read θ and ∂F/∂θ off the update of a hypernetwork, then match that gradient.
 
         One example and a private last layer: with δ = ∂F/∂(bias of the layer before it), F'(x') = Σ_j δ_j ReLU(z_j(x'))
         has at the victim's x the gradient by θ that F has, whatever the private layer and the label are. Else the last
-        layer is optimised along with the pictures.
+        layer is optimised along with the pictures, and the labels as in ``by_simulation``.
         """
         got = self.read(victim)
         names = sorted(got.theta)
@@ -172,17 +188,22 @@ class Attacker:
 
         def update(x: Tensor, others: Sequence[Tensor]) -> Tensor:
             theta = {n: t.detach().requires_grad_() for n, t in got.theta.items()}
-            head = dict(zip(rest, others)) if others else rest
-            params = theta | head
-            value = self.task.predict(params, x)[:, 0].sum() if surrogate else self.task.loss(params, Batch(x, y))
+            if surrogate:
+                value = self.task.predict(theta | rest, x)[:, 0].sum()
+            else:
+                labels = y if y is not None else others[0].softmax(-1)
+                head = dict(zip(rest, others if y is not None else others[1:]))
+                value = self.relaxed.loss(theta | head, Batch(x, labels))
             grads = torch.autograd.grad(value, [theta[n] for n in names], create_graph=True)
             return torch.cat([g.flatten() for g in grads])
 
-        draw: Callable[[torch.Generator], list[Tensor]] = lambda generator: []  # noqa: E731
-        if rest and not surrogate:
-            draw = lambda generator: [t for n, t in self.task.init(generator).items() if n in rest]  # noqa: E731
-        found = invert(update, seen, (len(victim.y), *victim.x.shape[1:]), plan, generator, draw)
-        return found.x, found.objective
+        def unknowns(generator: torch.Generator) -> list[Tensor]:
+            if surrogate:
+                return []
+            labels = [] if y is not None else [self.any_labels(len(victim.y), victim.x, generator)]
+            return labels + [t for n, t in self.task.init(generator).items() if n in rest]
+
+        return invert(update, seen, (len(victim.y), *victim.x.shape[1:]), plan, generator, unknowns)
 
     def read(self, victim: Victim) -> analytic.Generated:
         """θ and ∂F/∂θ of the victim, by the identities of ``fedsim.attacks.analytic``."""
@@ -227,12 +248,26 @@ def simulate(
     return done.value
 
 
+def relax(task: Task) -> Task:
+    """The task with labels that are probabilities, y (N, C): the loss of an example is −Σ_c y_c log p_c."""
+
+    def loss(params: Tree, batch: Batch) -> Tensor:
+        each = -(batch.y * task.predict(params, batch.x).log_softmax(-1)).sum(-1)
+        if batch.weight is None:
+            return each.mean()
+        return (batch.weight * each).sum() / batch.weight.sum().clamp(min=1e-20)
+
+    return task._replace(loss=loss)
+
+
 def build(experiment: Experiment, federation: Federation, task: Task, noise: float | None = None) -> Attacker:
     """The attack of an experiment on this federation. ``noise`` is the run's σ, where it was found for a target.
 
     Raises ``ConfigError`` for what cannot be attacked.
     """
     attack = experiment.attack or AttackConfig()
+    if attack.labels is None:
+        attack = attack.model_copy(update={"labels": "optimised" if attack.method == "dlg" else "known"})
     x = federation.dataset.train.x
     if (
         not x.is_floating_point()
@@ -243,10 +278,17 @@ def build(experiment: Experiment, federation: Federation, task: Task, noise: flo
         raise ConfigError("attack: reconstructs pictures of at least 7×7 with values from 0 to 1; the data has none")
     attacked = visiting(experiment, attack)
     plugin = registry.load("strategies", attacked.strategy.name)
-    guessed = plugin.build(attacked.strategy, task)
-    if not isinstance(guessed, Strategy):
+    strategy, key = plugin.build(attacked.strategy, task), Key.root(experiment.seed).at("attack")
+    if not isinstance(strategy, Strategy):
         raise ConfigError("attack: a strategy of Flower's is not captured here; take one of ours")
-    strategy, key = guessed, Key.root(experiment.seed).at("attack")
+    if len(strategy.phases) > 1:
+        log.warning(
+            "attack: %s has %d exchanges a round; what clients send in the first is attacked, the others are not",
+            attacked.strategy.name,
+            len(strategy.phases),
+        )
+    relaxed = relax(task) if attack.labels == "optimised" else task
+    guessed = plugin.build(attacked.strategy, relaxed)
     if attacked.privacy:
         if noise is not None:
             found = attacked.privacy.model_copy(update={"noise_multiplier": noise, "target_epsilon": None})
@@ -256,7 +298,7 @@ def build(experiment: Experiment, federation: Federation, task: Task, noise: flo
     state = guessed.init(key.at("shapes").torch())
     hyper = guessed.phases[0].broadcast(state).get("hyper", {})
     shapes = {n: torch.empty_like(x) for n, x in task.init(key.torch()).items() if f"head.{n}.bias" in hyper}
-    attacker = Attacker(attack, attacked.strategy, task, victims, strategy, guessed, key, shapes or None)
+    attacker = Attacker(attack, attacked.strategy, task, relaxed, victims, strategy, guessed, key, shapes or None)
     if attack.knowledge == "analytic" and not shapes:
         raise ConfigError(f"attack.knowledge: 'analytic' reads hypernetworks, and {attacked.strategy.name} has none")
     if attacked.privacy and attacked.privacy.mode == "client":
@@ -297,13 +339,12 @@ def run(experiment: Experiment, out: Path) -> dict[str, float]:
     """``fedsim attack``: attack what clients send in round 1, and write it to a folder."""
     from fedsim.run import build as build_session
 
-    attack = experiment.attack or AttackConfig()
     session = build_session(experiment)
     sigma = session.private.sigma if session.private else None
     attacker = build(experiment, session.federation, session.task, sigma)
     loot = attacker(session.driver.begin(), session.memory, 1)
     out.mkdir(parents=True, exist_ok=True)
-    return save(out, loot, 1, attack.model_dump(exclude_none=True))
+    return save(out, loot, 1, attacker.config.model_dump(exclude_none=True))
 
 
 def draw(loot: Sequence[Loot], most: int = 12) -> bytes:

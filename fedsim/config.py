@@ -124,7 +124,9 @@ class AttackConfig(Closed):
     victims: int = Field(2, ge=1, le=1000, description="clients that are attacked, each alone")
     examples: int = Field(1, ge=0, description="of each, its first so many; 0: all that it has")
     visit: dict[str, Any] = Field(default_factory=dict, description="other strategy settings in the attacked visit")
-    labels: Literal["known", "inferred"] = "known"
+    labels: Literal["known", "inferred", "optimised"] | None = Field(
+        None, description="absent: optimised with the pictures for dlg, as its paper does, and known for the others"
+    )
     iterations: int = Field(300, ge=1)
     step: float = Field(0.03, gt=0, description="of the optimiser, where pictures have values from 0 to 1")
     tv: float = Field(0.01, ge=0, description="weight of the total variation (ig)")

@@ -2,7 +2,7 @@
 
     ig    Adam on the sign of the gradient of 1 − cos(u(x'), u*) + λ TV(x'); the step falls by 10 at 3/8, 5/8 and 7/8 of
           the iterations; x' stays in [0, 1]   (Geiping et al. 2020, arXiv:2003.14053)
-    dlg   L-BFGS on ‖u(x') − u*‖²              (Zhu et al. 2019, arXiv:1906.08935; the labels are not optimised here)
+    dlg   L-BFGS on ‖u(x') − u*‖²              (Zhu et al. 2019, arXiv:1906.08935; labels are among the other unknowns)
     rog   x' = bicubic enlargement of z ∈ [0, 1] at half the size; Adam on ‖u(x') − u*‖², its step falling tenfold by a
           cosine   (Yue et al. 2023, arXiv:2206.04055; without the pretrained networks that repaint x' there)
 

@@ -13,6 +13,7 @@ from fedsim import attack, config, tree
 from fedsim.attacks import analytic
 from fedsim.attacks.invert import Plan, cosine, flat, invert
 from fedsim.autodiff import value_and_grad
+from fedsim.data.dataset import Split
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
 from fedsim.run import Session, build, run
@@ -140,6 +141,36 @@ def test_fedavg_leaks(method: str) -> None:
     assert f["attack_label_accuracy"] == 1.0
 
 
+def test_dlg_finds_the_labels_with_the_pictures() -> None:
+    """Labels are optimised with the pictures unless they are said to be known; three examples of three labels."""
+    how = {"method": "dlg", "iterations": 300, "examples": 3}
+    a, v = victim(experiment(attack=how))
+    assert a.config.labels == "optimised"
+    found = a.loot(v, 1)
+    assert found.figures["label_accuracy"] == 1.0
+    assert found.figures["psnr"] > found.figures["psnr_mean_image"] + 1
+    assert attacker(experiment(attack=how | {"labels": "known"}))[0].config.labels == "known"
+    assert attacker(experiment())[0].config.labels == "known"
+
+
+@pytest.mark.parametrize("strategy", [{"name": "fedavg", "lr": 0.1, "epochs": 2}, HYPER, {"name": "fedper"}])
+def test_certain_labels_are_labels(strategy: dict[str, Any]) -> None:
+    """Probabilities that are 0 and 1 give what the victim sent, and its gradient by them is not 0."""
+    a, v = victim(experiment(strategy=strategy | {"cohort": 2}, attack={"examples": 3, "labels": "optimised"}))
+    y = torch.nn.functional.one_hot(v.y, 10).double().requires_grad_()
+    sent = flat(attack.simulate(a.guessed.phases[0].local, v.shared, v.memory, Split(v.x, y), 10, a.key, 1))
+    torch.testing.assert_close(sent, flat(v.sent), rtol=1e-6, atol=1e-9)
+    (by_y,) = torch.autograd.grad(sent.square().sum(), y)
+    assert (by_y != 0).all()
+
+
+def test_of_several_exchanges_the_first_is_attacked_and_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    attacker(experiment())
+    assert "exchanges" not in caplog.text
+    attacker(experiment(strategy={"name": "fedzo", "cohort": 2, "accept": "if-better", "directions": 2}))
+    assert "fedzo has 2 exchanges a round; what clients send in the first is attacked" in caplog.text
+
+
 def test_dp_hides_what_fedavg_shows() -> None:
     private = {"mode": "example", "noise_multiplier": 1.0, "max_grad_norm": 1.0, "delta": 1e-5, "noise": "seeded"}
     e = config.parse(TABLES | {"privacy": private})
@@ -167,8 +198,6 @@ def test_at_the_truth_the_simulation_is_the_victim() -> None:
     """What the attacker runs is what the victim ran: with everything known the objective is 0."""
     for strategy in ({"name": "fedavg", "lr": 0.1, "epochs": 3, "momentum": 0.5}, HYPER, {"name": "fedper"}):
         a, v = victim(experiment(strategy=strategy | {"cohort": 2}, attack={"examples": 3}))
-        from fedsim.data.dataset import Split
-
         sent = attack.simulate(a.guessed.phases[0].local, v.shared, v.memory, Split(v.x, v.y), 10, a.key, 1)
         torch.testing.assert_close(flat(sent), flat(v.sent), rtol=1e-6, atol=1e-9)
 
