@@ -18,6 +18,11 @@ figures are normal.
     file = "accuracy.svg"
     title = "Accuracy, lr = 0.01"
     curves = { FedHyper = "hyper(lr=0.01)" }
+    [[tables]]
+    file = "costs.md"
+    title = "Accuracy and traffic"
+    columns = ["accuracy", "MB"]
+    rows = { FedHyper = ["final(hyper, lr=0.01)", "total(hyper, lr=0.01) / 1e6"] }
     [quick]                                   # what --quick changes
     seeds = [1]
     set = ["rounds=2"]
@@ -39,13 +44,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tomli_w
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedsim import claims, config, files, offline, record
 from fedsim.claims import Grid, Result, Table
 from fedsim.config import Closed
 from fedsim.errors import ConfigError, FedsimError, Stopped
-from fedsim.report import figures
+from fedsim.report import embeddings, figures
 
 FREE = ("name", "checkpoint")  # tables of a config that decide no number of a run
 TOLERANCE = 3.0  # --accept writes so many standard deviations, and at least one part in a hundred
@@ -70,13 +75,40 @@ class Claim(Closed):
 
 
 class Picture(Closed):
-    """Curves over rounds, or another key ``x``: the mean over seeds, and one standard deviation to either side."""
+    """Curves over rounds, or another key ``x``: the mean over seeds, and one standard deviation to either side.
+
+    With ``embeddings``, a run's name, how its clients' embeddings moved, of its first seed; its summaries then have
+    ``embedding_separation`` (``fedsim.report.embeddings``).
+    """
 
     file: str = Field(pattern=r"^[\w.-]+\.svg$")
-    title: str
+    title: str = ""
     key: str = "accuracy"
     x: str = "round"
-    curves: dict[str, str]
+    curves: dict[str, str] = Field(default_factory=dict)
+    embeddings: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Picture":
+        if bool(self.curves) == (self.embeddings is not None):
+            raise ValueError("curves: a picture has curves or embeddings, and not both")
+        return self
+
+
+class Page(Closed):
+    """A table in Markdown: of each row a figure for each column, the mean ± sd over seeds; "" leaves a cell empty."""
+
+    file: str = Field(pattern=r"^[\w.-]+\.md$")
+    title: str
+    columns: list[str] = Field(min_length=1)
+    rows: dict[str, list[str]]
+
+    @model_validator(mode="after")
+    def _full(self) -> "Page":
+        for name, row in self.rows.items():
+            if len(row) != len(self.columns):
+                raise ValueError(f"rows.{name}: needs {len(self.columns)} figures (got {len(row)})")
+        return self
 
 
 class Quick(Closed):
@@ -94,6 +126,7 @@ class Claims(Closed):
     runs: dict[str, RunSpec]
     claims: list[Claim]
     pictures: list[Picture] = Field(default_factory=list)
+    tables: list[Page] = Field(default_factory=list)
     quick: Quick = Quick()
 
 
@@ -154,7 +187,9 @@ def reproduce(
         }
         files.write(path.with_name("results.json"), json.dumps(results, indent=1, allow_nan=False).encode() + b"\n")
         for picture in spec.pictures:
-            files.write(path.with_name(picture.file), _draw(picture, grids))
+            files.write(path.with_name(picture.file), _draw(picture, grids, jobs))
+        for page in spec.tables:
+            files.write(path.with_name(page.file), _page(page, grids).encode())
     if accept:
         _accept(path.with_name("expected.toml"), judged)
     return judged
@@ -211,6 +246,10 @@ def _validate(spec: Claims, axes: Mapping[str, dict[str, tuple[Any, ...]]]) -> N
     for picture in spec.pictures:
         for text in picture.curves.values():
             _curve(text, grids)
+        if picture.embeddings is not None and picture.embeddings not in grids:
+            raise ConfigError(f"pictures.embeddings: no run '{picture.embeddings}'")
+    for page in spec.tables:
+        _page(page, grids)
 
 
 def _run(jobs: Sequence[Job], workers: int) -> None:
@@ -287,9 +326,18 @@ def _summary(folder: Path) -> dict[str, Any]:
 def _load(spec: Claims, axes: Mapping[str, dict[str, tuple[Any, ...]]], jobs: Sequence[Job]) -> dict[str, Grid]:
     """The results of all runs, in the order of their jobs: by cell, then by seed."""
     grids = {name: Grid(a, [[] for _ in claims.settings(a)]) for name, a in axes.items()}
+    drawn = {picture.embeddings for picture in spec.pictures}
     for job in jobs:
-        grids[job.run].results[job.cell].append(Result(record.read_lines(job.folder), _summary(job.folder)))
+        summary = _summary(job.folder)
+        if job.run in drawn:
+            summary |= {"embedding_separation": _separation(job)}
+        grids[job.run].results[job.cell].append(Result(record.read_lines(job.folder), summary))
     return grids
+
+
+def _separation(job: Job) -> float | None:
+    moved = embeddings.read(config.parse(job.tables), job.folder)
+    return None if moved is None else embeddings.separation(moved.moves, moved.groups)
 
 
 def _judge(claim: Claim, grids: Mapping[str, Grid]) -> dict[str, Any]:
@@ -389,7 +437,25 @@ def _curve(text: str, grids: Mapping[str, Grid]) -> list[Result]:
     return cells[0]
 
 
-def _draw(picture: Picture, grids: Mapping[str, Grid]) -> bytes:
+def _page(page: Page, grids: Mapping[str, Grid]) -> str:
+    """Raises ``ConfigError`` for a figure of several cells."""
+    lines = [["", *page.columns], ["---"] * (1 + len(page.columns))]
+    for name, row in page.rows.items():
+        cells = []
+        for text in row:
+            found = list(_stats(text, claims.table(text, grids))) if text else []
+            if len(found) > 1:
+                raise ConfigError(f"{text}: a cell of a table is one figure, and this is {len(found)}")
+            cells.append(_text(found[0][1]) if found else "")
+        lines.append([name, *cells])
+    return f"# {page.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _draw(picture: Picture, grids: Mapping[str, Grid], jobs: Sequence[Job]) -> bytes:
+    if picture.embeddings is not None:
+        job = next(job for job in jobs if job.run == picture.embeddings)
+        embeddings.draw(config.parse(job.tables), job.folder)
+        return (job.folder / embeddings.PICTURE).read_bytes()
     curves = []
     for label, text in picture.curves.items():
         found = [

@@ -144,6 +144,11 @@ holds = ["final(avg, lr=0.001) > final(avg, lr=0.5)"]
 file = "picture.svg"
 title = "Accuracy"
 curves = { FedAvg = "avg(lr=0.5)" }
+[[tables]]
+file = "table.md"
+title = "Side by side"
+columns = ["accuracy", "bytes"]
+rows = { slow = ["final(avg, lr=0.001)", ""], fast = ["final(avg, lr=0.5)", "total(avg, lr=0.5) / 1e6"] }
 [quick]
 seeds = [1]
 set = ["rounds=1"]
@@ -177,6 +182,10 @@ def test_from_a_file_to_its_results(paper: Path, capsys: pytest.CaptureFixture[s
     assert figure["mean"] == pytest.approx(np.mean(curves), rel=1e-5)
     assert figure["sd"] == pytest.approx(np.std(np.mean(curves, axis=1), ddof=1), rel=1e-5)
     assert (paper / "picture.svg").read_text().startswith("<?xml")
+    heading, _, head, rule, slow, fast = (paper / "table.md").read_text().splitlines()
+    assert (heading, head, rule) == ("# Side by side", "|  | accuracy | bytes |", "| --- | --- | --- |")
+    assert slow.startswith("| slow | 0.") and slow.endswith(" |  |")
+    assert fast.startswith(f"| fast | {figure['mean']:.4g} ± {figure['sd']:.2g} | 0.0")
 
     # Again: nothing is run, and the figures are as expected. A run that is gone is run again, to the same numbers.
     expected = tomllib.loads((paper / "expected.toml").read_text())["figures"]
@@ -186,6 +195,59 @@ def test_from_a_file_to_its_results(paper: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "4 runs, 3 of them done before" in out and "2 of 2 expected figures" in out
     assert json.loads((paper / "results.json").read_text())["claims"] == results["claims"]
+
+
+def test_how_embeddings_moved_is_drawn_and_measured(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(
+        """
+        name = "tiny"
+        rounds = 2
+        data = { name = "digits", partition = { name = "dominant_groups", clients = 5, size = 30 } }
+        task = { model = "mlp", hidden = [8] }
+        strategy = { name = "hyperfl", cohort = 5, hidden = 4, embedding = 3 }
+        """
+    )
+    text = """
+        title = "Tiny"
+        seeds = [1]
+        [runs.hyper]
+        file = "tiny.toml"
+        [[claims]]
+        name = "measured"
+        paper = "nowhere"
+        holds = ['summary(hyper, key="embedding_separation") > 0']
+        [[pictures]]
+        file = "embeddings.svg"
+        embeddings = "hyper"
+        """
+    (tmp_path / "claims.toml").write_text(text)
+    (tmp_path / "wrong.toml").write_text(text.replace('embeddings = "hyper"', 'embeddings = "hypr"'))
+    with pytest.raises(ConfigError, match="no run 'hypr'"):
+        reproduce.reproduce(tmp_path / "wrong.toml", cache=tmp_path / "cache", workers=1)
+    # Each client is alone in its group, so that there is a picture and no separation.
+    (claim,) = reproduce.reproduce(tmp_path / "claims.toml", cache=tmp_path / "cache", workers=1)
+    assert not claim["holds"]
+    assert "Moves of the clients" in (tmp_path / "embeddings.svg").read_text()
+    (tmp_path / "tiny.toml").write_text((tmp_path / "tiny.toml").read_text().replace("clients = 5", "clients = 10"))
+    (claim,) = reproduce.reproduce(tmp_path / "claims.toml", cache=tmp_path / "cache", workers=1)
+    assert claim["holds"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('curves = { FedAvg = "avg(lr=0.5)" }', "", "a picture has curves or embeddings"),
+        ('["final(avg, lr=0.001)", ""]', '["final(avg, lr=0.001)"]', r"rows\.slow: needs 2 figures \(got 1\)"),
+        ('["final(avg, lr=0.001)", ""]', '["final(avg)", ""]', "a cell of a table is one figure, and this is 2"),
+    ],
+)
+def test_pictures_and_tables_are_checked_before_anything_runs(paper: Path, old: str, new: str, says: str) -> None:
+    text = (paper / "claims.toml").read_text()
+    assert old in text
+    (paper / "claims.toml").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=says):
+        reproduce.reproduce(paper / "claims.toml", cache=paper / "cache")
+    assert not (paper / "cache").exists()
 
 
 def test_quick_writes_nothing_beside_the_file(paper: Path) -> None:
