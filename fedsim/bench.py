@@ -109,6 +109,11 @@ def workloads(data: str) -> dict[str, Workload]:
     small = experiment(MLP, populated(1000), 20, cohort=50, batch_size=10)
     populations = (1000, 10_000, 100_000, 1_000_000)
     megabytes = (0.1, 1.0, 10.0, 44.0)
+    remembering = experiment(
+        {"model": "mlp", "hidden": [32]}, populated(100), 2, name="hyperfl", epochs=2, hidden=4, embedding=4096
+    )
+    remembering["engine"] = {"execution": "batched", "block": 256}
+    resident = ((100, 16), (1000, 16), (10_000, 16), (10_000, 1024))
 
     def sized(mb: float) -> Mapping[str, Any]:
         return {"model": "fedsim.benches.plugins:sized", "megabytes": mb}
@@ -156,6 +161,18 @@ def workloads(data: str) -> dict[str, Workload]:
             "50 no-op clients, 0.1 … 44 MB of parameters",
             echo(sized(0.1), populated(1000), 50),
             tuple(Arm(f"{mb:g} MB", (f"task.megabytes={mb}",)) for mb in megabytes),
+        ),
+        Workload(
+            "memory",
+            "HyperFL, all clients in both rounds, 18 kB remembered by each: 16 MB or 1 GB of that in the process",
+            remembering,
+            tuple(
+                Arm(
+                    f"{n:.0e} clients, {mb} MB",
+                    (f"data.partition.clients={n}", f"strategy.cohort={n}", f"engine.memory_mb={mb}"),
+                )
+                for n, mb in resident
+            ),
         ),
         Workload(
             "dp",

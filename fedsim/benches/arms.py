@@ -51,8 +51,8 @@ def ours(spec: dict[str, Any], clock: Clock) -> float | None:
 
 
 def accuracy(session: Any, params: Any) -> float | None:
-    """On the central test set, where the task has something to predict."""
-    if session.experiment.task.model.startswith("fedsim.benches"):
+    """On the central test set, where the task has something to predict, and all clients one model."""
+    if session.experiment.task.model.startswith("fedsim.benches") or not session.driver.is_global:
         return None
     from fedsim.tasks import metrics
 

@@ -1,6 +1,7 @@
 """HyperFL, FedRep, FedPer and pFedHN: by hand, at their edges, and what exactly travels."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from worlds import KEY, grid, points, same, train
 from clients import alternate
 from clients.alternate import clipped, private_names
 from clients.hypernet import hypernet
-from fedsim import block, config, tree
+from fedsim import block, checkpoint, config, tree
 from fedsim.autodiff import value_and_grad
 from fedsim.block import Guest, Work
 from fedsim.data.dataset import Dataset, Federation, Split
 from fedsim.data.partition import Lists
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
+from fedsim.run import build, run
 from fedsim.tasks import mlp
 from fedsim.types import Batch, Done, Metrics, Payload, Strategy, Task, Tree
 from server.loop import run_round
@@ -423,3 +425,36 @@ def test_lpm_with_zero_output_weights_is_the_backbone() -> None:
     assert s.personal is not None
     a, b = (s.personal({"hyper": zero}, m) for m in (memory, visit(s, state, 3)[1]))
     assert torch.equal(a["fc1.weight"], b["fc1.weight"])
+
+
+# --- Ten thousand clients -----------------------------------------------------------------------------------------
+
+
+def population(clients: int, memory_mb: int, rounds: int = 2) -> config.Experiment:
+    return config.parse(
+        {
+            "name": "population",
+            "rounds": rounds,
+            "data": {"name": "digits", "partition": {"name": "sampled", "clients": clients, "size": 5}},
+            "task": {"model": "mlp", "hidden": [8]},
+            "strategy": SMALL | {"name": "hyperfl", "cohort": clients, "hidden": 4, "embedding": 1024},
+            "engine": {"memory_mb": memory_mb, "execution": "batched", "block": 256},
+            "evaluate": {"every": 2},
+        }
+    )
+
+
+@pytest.mark.parametrize("clients", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_memories_in_files_are_bounded_and_resume_bit_for_bit(tmp_path: Path, clients: int) -> None:
+    """All that clients remember in one process, against 1 MB of it there and an interruption between the rounds."""
+    session = build(population(clients, 1))
+    session.driver.train(session.driver.begin(), 1)
+    assert len(session.memory) == clients and session.memory.resident <= 1 << 20
+    here = run(population(clients, 1024), tmp_path / "here")
+    run(population(clients, 1, rounds=1), tmp_path / "files")
+    there = run(population(clients, 1), tmp_path / "files", resume=True)
+    assert there["params_sha256"] == here["params_sha256"]
+    state = checkpoint.named_tuples(session.driver.begin())
+    a, b = (checkpoint.Store(tmp_path / name / "checkpoint", 1).load(state).memory for name in ("here", "files"))
+    assert sorted(a) == sorted(b) == list(range(clients))
+    assert all(tree.digest(a[c][part]) == tree.digest(b[c][part]) for c in a for part in ("embed", "head"))
