@@ -58,20 +58,37 @@ class Figures(NamedTuple):
     accuracy: float | None
 
 
+class Edit(NamedTuple):
+    """A change to one installed file of a peer, for a Python older than it asks for."""
+
+    file: str  # below site-packages
+    old: str
+    new: str
+
+
 class Peer(NamedTuple):
     """A peer's own environment: what is installed into it, with ``--no-deps``; torch is always ours."""
 
     script: str
     install: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = ()
 
 
+# blazefl asks for Python 3.14, and uses of it annotations that nobody evaluates and the brackets of generic functions.
+LATER = "from __future__ import annotations\n"
+BACKPORT = (
+    Edit("blazefl/core/utils.py", "from copy import copy\n", f"{LATER}from copy import copy\n"),
+    Edit("blazefl/core/utils.py", "def process_tensors_in_object[T](", "def process_tensors_in_object("),
+    Edit("blazefl/core/utils.py", "def reconstruct_from_shared_memory[T](", "def reconstruct_from_shared_memory("),
+    Edit("blazefl/reproducibility/snapshot.py", "import os\n", f"{LATER}import os\n"),
+)
+FLUKE = ("fluke-fl==0.8.1", "cerberus==1.3.8", "diskcache==5.6.3", "omegaconf==2.4.0", "psutil==7.2.2")
+METRICS = ("torchmetrics==1.9.0", "lightning-utilities==0.15.3")
 PEERS = {
     "flwr": Peer("peer_flwr.py"),
     "pfl": Peer("peer_pfl.py", ("pfl==0.6.0", "prv-accountant==0.2.0", "multiprocess==0.70.19", "dill==0.4.1")),
-}
-MISSING = {
-    "fluke": "needs torchvision, wandb and clearml at import; not built",
-    "blazefl": "needs Python 3.14; not built",
+    "fluke": Peer("peer_fluke.py", (*FLUKE, *METRICS)),
+    "blazefl": Peer("peer_blazefl.py", ("blazefl==3.0.0",), BACKPORT),
 }
 
 FEMNIST_LIKE = {"name": "dirichlet", "clients": 1000, "alpha": 0.3}
@@ -124,7 +141,7 @@ def workloads(data: str) -> dict[str, Workload]:
             "W1: CNN, 100 of 1000 clients, Dirichlet(0.3), batch 10",
             experiment(CNN, FEMNIST_LIKE, 10, **cross_device),
             (OURS, PLAIN, LOOP, RAY),
-            ("flwr", "pfl"),
+            tuple(PEERS),
             LOOP.name,
         ),
         Workload(
@@ -132,7 +149,7 @@ def workloads(data: str) -> dict[str, Workload]:
             "W2: MLP, 100 of 1000 clients, Dirichlet(0.3), batch 10",
             experiment(MLP, FEMNIST_LIKE, 10, **cross_device),
             (OURS, PLAIN, LOOP, RAY),
-            ("flwr", "pfl"),
+            tuple(PEERS),
             LOOP.name,
         ),
         Workload(
@@ -140,7 +157,7 @@ def workloads(data: str) -> dict[str, Workload]:
             "W3: CNN, 10 clients of 6000 examples, batch 32",
             silo,
             (OURS, PLAIN, LOOP, RAY),
-            ("flwr", "pfl"),
+            tuple(PEERS),
             LOOP.name,
         ),
         Workload(
@@ -219,8 +236,9 @@ def run(name: str | None, turns: int, against: Sequence[str] = (), out: Path = P
         raise ConfigError(f"'{name}' is not a benchmark{did_you_mean(name, list(known))} (known: {', '.join(known)})")
     for peer in against:
         if peer not in PEERS:
-            why = f": {MISSING[peer]}" if peer in MISSING else did_you_mean(peer, list(PEERS))
-            raise ConfigError(f"--against: no peer '{peer}'{why}")
+            raise ConfigError(
+                f"--against: no peer '{peer}'{did_you_mean(peer, list(PEERS))} (known: {', '.join(PEERS)})"
+            )
     pythons = {peer: environment(peer) for peer in against}
     for workload in [known[name]] if name else known.values():
         runs = measure(workload, turns, {peer: pythons[peer] for peer in workload.peers if peer in against})
@@ -249,16 +267,28 @@ def environment(peer: str) -> str:
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         print(f"{peer}: installing {', '.join(wanted.install)} into {folder}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         ours = next(path for path in map(Path, sys.path) if path.name == "site-packages")
-        (folder / "lib" / version / "site-packages" / "ours.pth").write_text(f"{ours}\n")
+        theirs = folder / "lib" / version / "site-packages"
+        (theirs / "ours.pth").write_text(f"{ours}\n")
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        install += ["--ignore-requires-python"] * bool(wanted.edits)
         done = subprocess.run([*install, *wanted.install], capture_output=True, text=True, check=False)
         if done.returncode:
             raise FedsimError(f"{peer} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        edit(theirs, wanted.edits)
         (folder / "ready").touch()
     return str(python)
+
+
+def edit(packages: Path, edits: Sequence[Edit]) -> None:
+    """Change installed files. Raises ``FedsimError`` where a text to be replaced does not stand there just once."""
+    for file, old, new in edits:
+        text = (packages / file).read_text()
+        if (n := text.count(old)) != 1:
+            raise FedsimError(f"{file} has {old!r} {n} times, not once: our edits are for another release")
+        (packages / file).write_text(text.replace(old, new))
 
 
 def measure(workload: Workload, turns: int, peers: Mapping[str, str]) -> list[Figures]:

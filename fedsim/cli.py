@@ -261,7 +261,7 @@ def cite(file: File) -> None:
 def bench(
     name: Annotated[Optional[str], typer.Argument(help="one benchmark; all without it")] = None,  # noqa: UP045
     turns: Annotated[int, typer.Option(min=1, help="interleaved repetitions")] = 3,
-    against: Annotated[str, typer.Option(help="peers, each in an environment of its own: flwr,pfl")] = "",
+    against: Annotated[str, typer.Option(help="peers, each in an environment of its own: flwr,pfl,fluke,blazefl")] = "",
     out: Annotated[Path, typer.Option(help="folder of the figures")] = Path("bench"),
 ) -> None:
     """Time the engine on this machine: interleaved repetitions, medians, ratios."""

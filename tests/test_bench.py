@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsim import bench
-from fedsim.bench import Arm, Figures, Workload
+from fedsim.bench import Arm, Edit, Figures, Workload
 from fedsim.benches import proc
 from fedsim.errors import ConfigError, FedsimError
 
@@ -53,8 +53,17 @@ def test_medians_and_ratios() -> None:
 def test_what_is_unknown_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'w9' is not a benchmark.*known: w1, w2"):
         bench.run("w9", 1)
-    with pytest.raises(ConfigError, match=r"no peer 'blazefl': needs Python 3\.14"):
-        bench.run("w1", 1, ["blazefl"])
+    with pytest.raises(ConfigError, match=r"--against: no peer 'fluk'.*did you mean 'fluke'.*known: flwr, pfl, fluke"):
+        bench.run("w1", 1, ["fluk"])
+
+
+def test_an_edit_that_finds_nothing_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("x = 1\n")
+    bench.edit(tmp_path, [Edit("a.py", "x = 1", "x = 2")])
+    assert file.read_text() == "x = 2\n"
+    with pytest.raises(FedsimError, match=r"a\.py has 'x = 1' 0 times"):
+        bench.edit(tmp_path, [Edit("a.py", "x = 1", "x = 2")])
 
 
 def test_all_workloads_are_experiments() -> None:
