@@ -41,7 +41,7 @@ log = logging.getLogger("fedsim")
 Start = Literal["kaiming", "gaussian", "orthogonal", "svd"]
 
 ATTENTION = ("query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "c_attn")  # their names in common models
-TRIED = 1e-3  # relative; the two formulations differ by rounding, and a wrong one differs wholly
+TRIED = 0.1  # relative; two formulations differ by rounding, at worst bfloat16's, and a wrong one differs wholly
 
 
 class Layer(NamedTuple):
