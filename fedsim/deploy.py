@@ -4,8 +4,7 @@ Two ways to the same thing: containers (``docker-compose.yml``), or, with ``--lo
 loopback. Certificates and node keys are made on first use; a node whose key is not registered is refused.
 """
 
-import datetime
-import ipaddress
+import contextlib
 import json
 import os
 import shutil
@@ -14,89 +13,61 @@ import socket
 import ssl
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import tomli_w
 
-from fedsim import config, files
+from fedsim import certificates, config, files, offline
 from fedsim.config import Experiment
 from fedsim.errors import ConfigError, FedsimError
-from fedsim.offline import QUIET
 
 CONNECTION = "deployment"
 PIDS, PLACE = "processes.json", "place.json"
 START = 90.0  # seconds for a SuperLink to answer
-YEARS = 2
+CERTS, STATE = Path("/certs"), Path("/state")  # of a container
+RUNTIME = 9094  # the port at which a SuperNode, number 0, gives out work on its own loopback
+LOOK = "0.25"  # seconds between two looks for work; Flower's own default is 1
 
 
-def certificates(folder: Path, nodes: int, hosts: tuple[str, ...] = ("localhost",)) -> None:
-    """A certificate authority, a server certificate for ``hosts`` and 127.0.0.1, and a key pair for each node.
+def superlink(certs: Path, host: str, port: int, database: Path) -> list[str]:
+    """The command of a SuperLink: it knows its nodes, and runs nobody's code itself."""
+    return [
+        "flower-superlink", "--host", host, "--port", str(port), "--database", str(database),
+        "--isolation", "process", "--superexec-auth-secret-file", str(certs / "exec.key"),
+        "--enable-supernode-auth", "--disable-runtime-dependency-installation", *_tls(certs),
+    ]  # fmt: skip
 
-    What is there already stays, so that nodes can be added; private keys are 0600.
-    """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    now = datetime.datetime.now(datetime.UTC)
-    end = now + datetime.timedelta(days=365 * YEARS)
+def supernode(certs: Path, own: Path, address: str, port: int, node_config: str) -> list[str]:
+    """The command of a SuperNode, which runs nobody's code itself; ``own`` holds what its executor knows, too."""
+    return [
+        "flower-supernode", "--superlink", address, "--root-certificates", str(certs / "ca.crt"),
+        "--host", "127.0.0.1", "--port", str(port), "--auth-supernode-private-key", str(certs / "node.key"),
+        "--isolation", "process", "--superexec-auth-secret-file", str(own / "exec.key"),
+        "--node-config", node_config, *_tls(own),
+    ]  # fmt: skip
 
-    def private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-        form = serialization.PrivateFormat
-        kind = form.OpenSSH if path.suffix == "" else form.PKCS8
-        files.write(path, key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption()), mode=0o600)
 
-    def named(common: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+def executor(certs: Path, address: str) -> list[str]:
+    """The command of a process that takes the work of a SuperLink, or of a SuperNode, at ``address``."""
+    return [
+        sys.executable, "-c", "from fedsim.grids.flower import superexec; superexec()",
+        "--runtime-api-address", address, "--root-certificates", str(certs / "ca.crt"),
+        "--superexec-auth-secret-file", str(certs / "exec.key"),
+    ]  # fmt: skip
 
-    if not (folder / "ca.crt").exists():
-        ca, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-        usage = dict.fromkeys(
-            (
-                "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-                "encipher_only", "decipher_only", "key_cert_sign", "crl_sign",
-            ),
-            False,
-        )  # fmt: skip
 
-        def certificate(name: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-            subject = x509.CertificateBuilder().subject_name(named(name)).issuer_name(named("fedsim deployment"))
-            subject = subject.public_key(key.public_key()).serial_number(x509.random_serial_number())
-            subject = subject.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(end)
-            issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key())
-            return subject.add_extension(issuer, critical=False).add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
-
-        root = certificate("fedsim deployment", ca).add_extension(
-            x509.BasicConstraints(ca=True, path_length=0), critical=True
-        )
-        signing = usage | {"key_cert_sign": True, "crl_sign": True}
-        root_signed = root.add_extension(x509.KeyUsage(**signing), critical=True).sign(ca, hashes.SHA384())
-        names: list[x509.GeneralName] = [x509.DNSName(host) for host in hosts]
-        names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-        leaf = certificate(hosts[0], server).add_extension(x509.BasicConstraints(False, None), critical=True)
-        leaf = leaf.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        leaf = leaf.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        leaf_signed = leaf.sign(ca, hashes.SHA384())
-        private(folder / "server.key", server)
-        files.write(folder / "server.pem", leaf_signed.public_bytes(serialization.Encoding.PEM))
-        # The authority's key is used once and not kept: nobody can sign a second server.
-        files.write(folder / "ca.crt", root_signed.public_bytes(serialization.Encoding.PEM))
-    for node in range(nodes):
-        if not (folder / f"node-{node}.pub").exists():
-            key = ec.generate_private_key(ec.SECP384R1())
-            private(folder / f"node-{node}", key)
-            public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-            files.write(folder / f"node-{node}.pub", public)
+def _tls(certs: Path) -> list[str]:
+    given = {"certfile": "server.crt", "keyfile": "server.key", "ca-certfile": "ca.crt"}
+    return [part for name, file in given.items() for part in (f"--ssl-{name}", str(certs / file))]
 
 
 def connection(home: Path, address: str, ca: Path) -> None:
@@ -114,8 +85,8 @@ def connection(home: Path, address: str, ca: Path) -> None:
 def environment(home: Path) -> dict[str, str]:
     """What Flower's processes get: their home, our interpreter's commands, and nothing that calls home."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return os.environ | QUIET | threads | {"FLWR_HOME": str(home.absolute()), "PATH": path}
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK}
+    return os.environ | offline.QUIET | settings | {"FLWR_HOME": str(home.absolute()), "PATH": path}
 
 
 class Local:
@@ -124,6 +95,11 @@ class Local:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self.certs, self.home = self.folder / "certs", self.folder / "home"
+
+    @property
+    def ca(self) -> Path:
+        """Whom everybody believes."""
+        return self.certs / "superlink" / "ca.crt"
 
     @property
     def place(self) -> dict[str, Any]:
@@ -138,14 +114,14 @@ class Local:
         if self.running():
             raise ConfigError(f"{self.folder}: a deployment is running; end it with fedsim deploy down")
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        certificates(self.certs, nodes)
+        certificates.make(self.certs, nodes)
         place = {"port": free_port(), "nodes": nodes, "ports": [free_port() for _ in range(nodes)]}
         files.write(self.folder / PLACE, json.dumps(place).encode())
-        connection(self.home, f"127.0.0.1:{place['port']}", self.certs / "ca.crt")
+        connection(self.home, f"127.0.0.1:{place['port']}", self.ca)
         try:
             self.start_link()
             say(f"SuperLink on https://127.0.0.1:{place['port']}")
-            register(self.home, self.certs, range(nodes))
+            register(self.home, self.certs / "superlink", range(nodes))
             for node in range(nodes):
                 self.start_node(node)
             say(f"{nodes} SuperNodes; logs in {self.folder / 'logs'}")
@@ -156,39 +132,32 @@ class Local:
     def start_link(self) -> None:
         """Start the SuperLink on the database that is there, and wait until it answers."""
         port = self.place["port"]
-        call = [
-            "flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--database", str(self.folder / "link.db"),
-            "--enable-supernode-auth", "--disable-runtime-dependency-installation", *self._tls(),
-        ]  # fmt: skip
-        pid = self.spawn("superlink", call, self.home)
-        wait_for(f"https://127.0.0.1:{port}/health", self.certs / "ca.crt", lambda: alive(pid))
+        link = superlink(self.certs / "superlink", "127.0.0.1", port, self.folder / "link.db")
+        pid = self.spawn("superlink", link, self.home)
+        self.spawn("superlink-executor", executor(self.certs / "serverapp", f"127.0.0.1:{port}"), self.home)
+        wait_for(f"https://127.0.0.1:{port}/health", self.ca, lambda: alive(pid))
 
-    def start_node(self, node: int, key: Path | None = None, ca: Path | None = None, settings: str = "") -> int:
-        """Start the SuperNode of client ``node``; returns its process id."""
-        place = self.place
-        state = self.folder / "nodes" / str(node)
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        node_config = f'partition-id={node} num-partitions={place["nodes"]} state="{state}" {settings}'
-        call = [
-            "flower-supernode", "--superlink", f"127.0.0.1:{place['port']}", "--root-certificates",
-            str(ca or self.certs / "ca.crt"), "--host", "127.0.0.1", "--port", str(place["ports"][node]),
-            "--auth-supernode-private-key", str(key or self.certs / f"node-{node}"),
-            "--node-config", node_config.strip(), *self._tls(),
-        ]  # fmt: skip
-        return self.spawn(f"supernode-{node}", call, state)
-
-    def _tls(self) -> list[str]:
-        at = self.certs
-        given = {"certfile": at / "server.pem", "keyfile": at / "server.key", "ca-certfile": at / "ca.crt"}
-        return [part for name, path in given.items() for part in (f"--ssl-{name}", str(path))]
+    def start_node(self, node: int, certs: Path | None = None) -> int:
+        """Start the SuperNode of client ``node``, with the keys in ``certs``; returns its process id."""
+        place, state = self.place, self.folder / "nodes" / str(node)
+        own = state / "own"
+        certificates.own(own)
+        node_config = f'partition-id={node} num-partitions={place["nodes"]} state="{state}"'
+        address, port = f"127.0.0.1:{place['port']}", place["ports"][node]
+        call = supernode(certs or self.certs / f"node-{node}", own, address, port, node_config)
+        pid = self.spawn(f"supernode-{node}", call, state)
+        self.spawn(f"supernode-{node}-executor", executor(own, f"127.0.0.1:{port}"), state)
+        return pid
 
     def spawn(self, name: str, call: list[str], home: Path) -> int:
-        """Start a process in a session of its own, with its output in ``logs``, and note it."""
+        """Start a process in a session of its own, with its output in ``logs``, and note it, unless it runs already."""
+        if name in self.running():
+            return self.running()[name]
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         with (logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [str(Path(sys.executable).parent / call[0]), *call[1:]],
+                call,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -212,18 +181,17 @@ class Local:
         """The processes that live, by name. An id that now belongs to another process is not one of them."""
         return {name: pid for name, (pid, began) in self.processes().items() if alive(pid) and started(pid) == began}
 
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Send a signal to a process and to what it has started."""
-        pid = self.running().get(name)
-        if pid is not None:
-            os.killpg(pid, number)
+    def kill(self, name: str) -> None:
+        """Kill a process, what takes its work, and what they have started."""
+        for part in (name, f"{name}-executor"):
+            if (pid := self.running().get(part)) is not None:
+                os.killpg(pid, signal.SIGKILL)
 
     def down(self, patience: float = 10.0) -> None:
         """End every process of the deployment, nodes first; those that stay are killed."""
-        names = sorted(self.running(), reverse=True)
-        groups = [self.running()[name] for name in names]
-        for name in names:
-            self.kill(name, signal.SIGTERM)
+        groups = [pid for _, pid in sorted(self.running().items(), reverse=True)]
+        for pid in groups:
+            os.kill(pid, signal.SIGTERM)
         end = time.monotonic() + patience
         while self.running() and time.monotonic() < end:
             time.sleep(0.1)
@@ -258,8 +226,11 @@ class Compose:
             )
         self.engine = engine()
 
+    def _command(self, *args: str) -> list[str]:
+        return [*self.engine, *args]
+
     def _call(self, *args: str, **kwargs: Any) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*self.engine, *args], cwd=self.project, text=True, check=False, **kwargs)
+        return subprocess.run(self._command(*args), cwd=self.project, text=True, check=False, **kwargs)
 
     def up(self, nodes: int) -> None:
         """Build the image and start the services. Raises ``FedsimError`` where the engine fails."""
@@ -275,19 +246,27 @@ class Compose:
         self._call("--profile", "five", "--profile", "ray", "down", "--timeout", "10")
 
     def run(self, experiment: Experiment, out: Path, **settings: Any) -> dict[str, Any]:
-        """Run an experiment over the nodes: inside at the SuperLink, with its folder copied out to ``out``."""
+        """Run an experiment over the nodes; its folder is inside, beside the ServerApp, and copied out to ``out``."""
         echo = settings.pop("echo", None)
         inside = f"/state/runs/{out.name}"
         sent = json.dumps(
             {"experiment": tomli_w.dumps(config.dump(experiment)), "settings": {"out": inside} | settings}
         )
-        call = ["exec", "-T", "superlink", "python", "-m", "fedsim.deploy", "submit"]
+        call = ["exec", "-T", "serverapp", "python", "-m", "fedsim.deploy", "submit"]
         done = self._call(*call, input=sent, stdout=None if echo else subprocess.PIPE)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._call("cp", f"superlink:{inside}", str(out), capture_output=True)
+        self._fetch(inside, out)
         if done.returncode:
             raise FedsimError("the run failed; what it said is above")
         return dict(json.loads((out / "summary.json").read_bytes()))
+
+    def _fetch(self, inside: str, out: Path) -> None:
+        """Copy a run's folder out, by way of tar: not every engine's compose has ``cp``."""
+        with tempfile.TemporaryFile() as packed:
+            call = self._command("exec", "-T", "serverapp", "tar", "-C", inside, "-c", ".")
+            subprocess.run(call, cwd=self.project, stdin=subprocess.DEVNULL, stdout=packed, check=False)
+            packed.seek(0)
+            with contextlib.suppress(tarfile.ReadError), tarfile.open(fileobj=packed) as found:
+                found.extractall(out, filter="data")
 
 
 def engine() -> list[str]:
@@ -306,7 +285,7 @@ def engine() -> list[str]:
 _children: list["subprocess.Popen[bytes]"] = []  # of this process: they are waited for when they end
 
 
-@contextmanager
+@contextlib.contextmanager
 def local(folder: Path, nodes: int) -> Iterator[Local]:
     """A local deployment that ends with the block, whatever happens in it."""
     deployment = Local(folder)
@@ -356,7 +335,7 @@ def wait_for(url: str, ca: Path, running: Callable[[], bool]) -> None:
 
 
 def register(home: Path, certs: Path, nodes: range) -> None:
-    """Let these nodes in: the SuperLink refuses every other."""
+    """Let these nodes in, whose public keys are in ``certs``: the SuperLink refuses every other."""
     keys = [str(certs / f"node-{node}.pub") for node in nodes]
     done = subprocess.run(
         [sys.executable, "-m", "fedsim.grids.flower", CONNECTION, *keys],
@@ -438,46 +417,47 @@ def last_line(text: str) -> str:
 
 
 def _main(args: list[str]) -> None:
-    """What containers call: ``certificates FOLDER NODES HOST…``, ``register NODES``, ``node K NODES``, ``ray …``, and
-    ``submit``, which reads its experiment from stdin."""
-    if args[0] == "certificates":
-        certificates(Path(args[1]), int(args[2]), tuple(args[3:]))
-    elif args[0] == "register":
-        home, certs = Path(os.environ["FLWR_HOME"]), Path(os.environ["FEDSIM_CERTS"])
-        connection(home, os.environ["FEDSIM_SUPERLINK"], certs / "ca.crt")
-        register(home, certs, range(int(args[1])))
-    elif args[0] == "node":
-        certs, state = Path(os.environ["FEDSIM_CERTS"]), Path("/state")
-        call = [
-            "flower-supernode", "--superlink", os.environ["FEDSIM_SUPERLINK"], "--host", "127.0.0.1",
-            "--root-certificates", str(certs / "ca.crt"),
-            "--auth-supernode-private-key", str(certs / f"node-{int(args[1])}"),
-            "--ssl-certfile", str(certs / "server.pem"),
-            "--ssl-keyfile", str(certs / "server.key"),
-            "--ssl-ca-certfile", str(certs / "ca.crt"),
-            "--node-config", f'partition-id={int(args[1])} num-partitions={int(args[2])} state="{state}"',
-        ]  # fmt: skip
-        os.execvp(call[0], call)
-    elif args[0] == "ray":
+    """What containers call. A container has what it may know in ``CERTS`` and keeps what it must in ``STATE``."""
+    verb, *rest = args
+    home, address = Path(os.environ.get("FLWR_HOME", STATE / "flwr")), os.environ.get("FEDSIM_SUPERLINK", "")
+    if verb == "certificates":  # NODES HOST…: one folder for each container
+        certificates.make(CERTS, int(rest[0]), tuple(rest[1:]))
+    elif verb == "superlink":
+        _become(superlink(CERTS, "0.0.0.0", 8000, STATE / "link.db"))
+    elif verb == "register":  # NODES
+        connection(home, address, CERTS / "ca.crt")
+        register(home, CERTS, range(int(rest[0])))
+    elif verb == "serverapp":
+        connection(home, address, CERTS / "ca.crt")  # for submit
+        _become([*executor(CERTS, address), "--health-server-address", "127.0.0.1:9193"])
+    elif verb == "supernode":  # K NODES
+        node = int(rest[0])
+        certificates.own(STATE / "own")
+        node_config = f'partition-id={node} num-partitions={int(rest[1])} state="{STATE}"'
+        _become(supernode(CERTS, STATE / "own", address, RUNTIME + node, node_config))
+    elif verb == "clientapp":  # K
+        call = executor(STATE / "own", f"127.0.0.1:{RUNTIME + int(rest[0])}")
+        _become([*call, "--health-server-address", f"127.0.0.1:{RUNTIME + 100 + int(rest[0])}"])
+    elif verb == "ray":
         if len(os.environ.get("RAY_AUTH_TOKEN", "")) < 32:
             raise SystemExit("error: RAY_AUTH_TOKEN: must be a secret of 32 characters or more: openssl rand -hex 32")
-        os.execvp("ray", ["ray", "start", "--block", "--disable-usage-stats", *args[1:]])
-    elif args[0] == "submit":
-        import tomllib
-
+        Path.home().joinpath(offline.CLUSTER_FILE).write_text(offline.CLUSTER)
+        _become(["ray", "start", "--block", "--disable-usage-stats", *rest])
+    elif verb == "submit":  # the experiment comes from stdin
         given = json.load(sys.stdin)
-        home, certs = Path(os.environ["FLWR_HOME"]), Path(os.environ["FEDSIM_CERTS"])
-        connection(home, os.environ["FEDSIM_SUPERLINK"], certs / "ca.crt")
-        experiment = config.parse(tomllib.loads(given["experiment"]))
-        app = write_app(home / "app", experiment, given["settings"])
-        try:
-            submit(app, home, Path(given["settings"]["out"]), sys.stdout)
-        except FedsimError as e:
-            print(f"error: {e}", file=sys.stderr)
-            sys.exit(e.exit_code)
+        app = write_app(home / "app", config.parse(tomllib.loads(given["experiment"])), given["settings"])
+        submit(app, home, Path(given["settings"]["out"]), sys.stdout)
     else:
-        raise SystemExit(f"unknown: {args[0]}")
+        raise SystemExit(f"unknown: {verb}")
+
+
+def _become(call: list[str]) -> None:
+    os.execvp(call[0], call)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    try:
+        _main(sys.argv[1:])
+    except FedsimError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)

@@ -11,6 +11,10 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 
+# Ray asks a cloud's metadata service where it is, unless a file of this name in its home says that it is local.
+CLUSTER_FILE = "ray_bootstrap_config.yaml"
+CLUSTER = "cluster_name: local\nprovider: {type: local}\navailable_node_types: {}\n"
+
 
 def prepare() -> None:
     """Switch off what would talk to the outside, and give each process one thread (more change the sums)."""

@@ -27,7 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedsim import config, record
+from fedsim import config, offline, record
 from fedsim.errors import ConfigError, FedsimError, where
 from fedsim.grids import flower
 from fedsim.grids.flower import MessageGrid, error_reply
@@ -155,10 +155,7 @@ def run_flower(app: App, timeout: float = 1800) -> Ran:
     with tempfile.TemporaryDirectory(prefix="fedsim-app-") as home:
         out = Path(home) / "ran.json"
         spec = json.dumps([str(app.folder), app.server, app.client, app.run_config, app.overrides, app.supernodes])
-        # Ray asks a cloud's metadata service for its name unless a cluster file says that it is local.
-        (Path(home) / "ray_bootstrap_config.yaml").write_text(
-            "cluster_name: local\nprovider: {type: local}\navailable_node_types: {}\n"
-        )
+        (Path(home) / offline.CLUSTER_FILE).write_text(offline.CLUSTER)
         env = os.environ | {"HOME": home, "FLWR_HOME": home, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         call = [sys.executable, "-m", "fedsim.run_app", spec, str(out)]
         try:

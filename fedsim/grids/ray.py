@@ -69,7 +69,6 @@ DEATHS = 2  # of workers on one block alone, before it is taken apart
 SHARE = 1.25  # a free worker takes this part of its share of what is left: most of it at first, little at the end
 STILLBORN = 3  # workers in a row that die before they are there
 STORE = 1 << 28  # bytes of the object store besides what is known to go in
-BOOTSTRAP = "cluster_name: local\nprovider: {type: local}\navailable_node_types: {}\n"
 U = TypeVar("U")
 
 
@@ -386,7 +385,7 @@ class Cluster:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
             return
         self._home = Path(tempfile.mkdtemp(prefix="fs-"))  # short: paths of sockets have 107 bytes
-        (self._home / "ray_bootstrap_config.yaml").write_text(BOOTSTRAP)
+        (self._home / offline.CLUSTER_FILE).write_text(offline.CLUSTER)
         home = os.environ.get("HOME")
         os.environ["HOME"] = str(self._home)
         # A thread of Ray's prints a paragraph about every worker that dies, and has no switch. We tell it ourselves.

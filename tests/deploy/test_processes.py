@@ -3,7 +3,7 @@
 Each round takes Flower seconds, since it starts a process for every message: all but the first test are slow.
 """
 
-import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sockets import LOOPBACK, listening, tree_of
 
-from fedsim import deploy
+from fedsim import certificates, deploy
 from fedsim.deploy import Local
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.run import run
@@ -26,44 +27,6 @@ PATIENCE = {"timeout": 240, "wait": 150}
 def deployment(tmp_path: Path) -> Iterator[Local]:
     with deploy.local(tmp_path / "deployment", 3) as there:
         yield there
-
-
-def tree_of(pid: int) -> set[int]:
-    """A process and all that descend from it."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
-
-
-def listening(pids: set[int]) -> set[str]:
-    """The addresses, as /proc writes them, on which processes listen."""
-    inodes = set()
-    for pid in pids:
-        try:
-            for fd in (Path("/proc") / str(pid) / "fd").iterdir():
-                target = os.readlink(fd)
-                if target.startswith("socket:["):
-                    inodes.add(target[8:-1])
-        except OSError:
-            continue
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            part = row.split()
-            if part[3] == "0A" and part[9] in inodes:
-                found.add(part[1].rpartition(":")[0])
-    return found
-
-
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
 @pytest.mark.timeout(280)
@@ -164,13 +127,17 @@ def test_a_killed_superlink_and_a_restarted_node_lose_nothing(deployment: Local,
 
 @pytest.mark.slow
 def test_an_unknown_node_and_a_wrong_certificate_are_refused(deployment: Local, tmp_path: Path) -> None:
-    deploy.certificates(tmp_path / "strangers", 3)
-    for settings in (
-        {"key": tmp_path / "strangers" / "node-2"},
-        {"ca": tmp_path / "strangers" / "ca.crt"},
+    certificates.make(tmp_path / "strangers", 3)
+    unknown, deceived = (tmp_path / name for name in ("unknown", "deceived"))
+    for folder, key, ca in (
+        (unknown, tmp_path / "strangers", deployment.certs),
+        (deceived, deployment.certs, tmp_path / "strangers"),
     ):
+        folder.mkdir()
+        shutil.copy(key / "node-2" / "node.key", folder)
+        shutil.copy(ca / "node-2" / "ca.crt", folder)
         deployment.kill("supernode-2")
-        pid = deployment.start_node(2, **settings)
+        pid = deployment.start_node(2, folder)
         end = time.monotonic() + 60
         log = deployment.folder / "logs" / "supernode-2.log"
         while deploy.alive(pid) and time.monotonic() < end and "failed" not in log.read_text().lower():
@@ -182,13 +149,14 @@ def test_an_unknown_node_and_a_wrong_certificate_are_refused(deployment: Local, 
 
 
 def test_keys_are_for_their_owner_and_the_authoritys_is_not_kept(tmp_path: Path) -> None:
-    deploy.certificates(tmp_path, 2)
-    private = {p.name for p in tmp_path.iterdir() if b"PRIVATE KEY" in p.read_bytes()}
-    assert private == {"server.key", "node-0", "node-1"}
-    assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in private)
-    before = (tmp_path / "node-0").read_bytes()
-    deploy.certificates(tmp_path, 3)
-    assert (tmp_path / "node-0").read_bytes() == before and (tmp_path / "node-2").exists()
+    certificates.make(tmp_path, 2)
+    everything = [path for path in tmp_path.glob("**/*") if path.is_file()]
+    private = {str(path.relative_to(tmp_path)) for path in everything if b"PRIVATE KEY" in path.read_bytes()}
+    assert private == {"superlink/server.key", "node-0/node.key", "node-1/node.key"}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in everything)
+    before = (tmp_path / "node-0" / "node.key").read_bytes()
+    certificates.make(tmp_path, 3)
+    assert (tmp_path / "node-0" / "node.key").read_bytes() == before and (tmp_path / "node-2" / "node.key").exists()
 
 
 def test_what_cannot_be_deployed_is_said(tmp_path: Path) -> None:
