@@ -122,7 +122,7 @@ def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
 def _one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     local, data = work.local, federation.dataset.train
     first, device = _first(local), data.x.device
-    n = len(federation.indices(guest.client, first.split))
+    n = federation.size(guest.client, first.split)
     key = work.stream(guest.client)
     about = Visit(work.round, torch.tensor(n, device=device), torch.tensor(_steps(first, n), device=device))
     carry = local.init(work.shared, remembered(work, guest), about)
@@ -163,7 +163,7 @@ def stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> Stac
     """The same work for all guests at once, with stacked tensors."""
     local, shared, data = work.local, work.shared, federation.dataset.train
     first, device = _first(local), data.x.device
-    given = [len(federation.indices(g.client, first.split)) for g in guests]
+    given = [federation.size(g.client, first.split) for g in guests]
     # Descending number of steps, so that the clients still at work are always the first ones.
     order = sorted(range(len(guests)), key=lambda i: -_steps(first, given[i]))
     guests, sizes = [guests[i] for i in order], [given[i] for i in order]

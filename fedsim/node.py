@@ -218,8 +218,8 @@ def hello(message: Message, context: Context) -> Message:
     memories = OnDisk(state_folder(context.node_config) / "runs")
     about: dict[str, Any] = {
         "partition-id": client,
-        "train": len(mine.indices(client, "train")),
-        "holdout": len(mine.indices(client, "holdout")),
+        "train": mine.size(client, "train"),
+        "holdout": mine.size(client, "holdout"),
         "remembers": memories.newest(context, message.content.config_records["fedsim"]),
     }
     versions = ConfigRecord({"torch": torch.__version__})

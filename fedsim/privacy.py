@@ -261,7 +261,7 @@ def _example_level(
         entries = []
         for s in schedules:
             if (n := examples.get((client, s.split))) is None:
-                n = examples[client, s.split] = len(federation.indices(client, s.split))
+                n = examples[client, s.split] = federation.size(client, s.split)
             if n:
                 entries.append(Entry(sigma, min(1.0, s.batch_size / n), block._steps(s, n)))
         return ledger.merge(entries)

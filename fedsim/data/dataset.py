@@ -32,7 +32,10 @@ class Dataset(NamedTuple):
 
 
 class Partition(Protocol):
-    """Which training examples each client holds. Lazy, so that a million clients cost nothing until they are asked."""
+    """Which training examples each client holds. Lazy, so that a million clients cost nothing until they are asked.
+
+    One that knows how many these are without drawing them says so by a method ``size(client)``.
+    """
 
     def __len__(self) -> int: ...
 
@@ -56,10 +59,20 @@ class Federation:
         mine = np.asarray(self.partition[client], dtype=np.int64)
         if not self.holdout:
             return mine if split == "train" else mine[:0]
-        # At least one example stays for training, and a client with two or more has at least one held out.
-        kept = min(max(1, round(self.holdout * len(mine))), len(mine) - 1)
+        kept = self._kept_back(len(mine))
         order = self.key.at("holdout", client).numpy().permutation(len(mine))
         return mine[np.sort(order[kept:] if split == "train" else order[:kept])]
+
+    def size(self, client: int, split: str) -> int:
+        """How many positions ``indices`` gives."""
+        known = getattr(self.partition, "size", None)
+        n: int = known(client) if known else len(self.partition[client])
+        kept = self._kept_back(n)
+        return n - kept if split == "train" else kept
+
+    def _kept_back(self, n: int) -> int:
+        """Of a client's n examples. At least one stays for training, and with two or more at least one is held out."""
+        return max(0, min(max(1, round(self.holdout * n)), n - 1)) if self.holdout else 0
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Federation":
         """The same federation with its examples on ``device``, floating inputs as ``dtype``."""

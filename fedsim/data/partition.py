@@ -41,6 +41,10 @@ class Lists:
         within(client, len(self))
         return self._order[self._bounds[client] : self._bounds[client + 1]]
 
+    def size(self, client: int) -> int:
+        within(client, len(self))
+        return int(self._bounds[client + 1] - self._bounds[client])
+
 
 def within(client: int, clients: int) -> None:
     """A partition is a sequence: an index outside it is an ``IndexError``, which also ends ``for c in partition``."""
@@ -82,6 +86,11 @@ class Iid:
         within(client, self._clients)
         n = len(self._order)
         return np.sort(self._order[client * n // self._clients : (client + 1) * n // self._clients])
+
+    def size(self, client: int) -> int:
+        within(client, self._clients)
+        n = len(self._order)
+        return (client + 1) * n // self._clients - client * n // self._clients
 
 
 def _iid(config: IidConfig, dataset: Dataset, key: Key) -> Partition:
@@ -125,6 +134,10 @@ class Sampled:
         given += rng.multivariate_hypergeometric(self._room - given, self._size - given.sum(), method="marginals")
         parts = [pool[rng.choice(len(pool), k, replace=False)] for pool, k in zip(self._pools, given) if k]
         return np.sort(np.concatenate(parts))
+
+    def size(self, client: int) -> int:
+        within(client, self._clients)
+        return self._size
 
 
 def _sampled(config: SampledConfig, dataset: Dataset, key: Key) -> Partition:

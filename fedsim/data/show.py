@@ -45,13 +45,13 @@ def summary(federation: Federation, limit: int = SHOWN) -> list[Row]:
     rows = []
     chosen = _spread(len(federation), SIZED if len(federation) > limit else limit)
     if len(chosen) > limit:
-        by_size = np.argsort([len(federation.indices(c, "train")) for c in chosen], kind="stable")
+        by_size = np.argsort([federation.size(c, "train") for c in chosen], kind="stable")
         chosen = [chosen[by_size[i]] for i in _spread(len(chosen), limit)]
     for client in chosen:
         mine = federation.indices(client, "train")
         names = set(owner[mine].tolist()) if owner is not None else set()
         counts = np.bincount(y[mine].reshape(-1), minlength=data.classes)
-        held = len(federation.indices(client, "holdout"))
+        held = federation.size(client, "holdout")
         rows.append(Row(client, names.pop() if len(names) == 1 else "", len(mine), held, counts))
     return rows
 
@@ -117,7 +117,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, str, npt.NDArray[np.int64]]]
 def _bars(figure: Any, federation: Federation) -> None:
     data, clients = federation.dataset, len(federation)
     rows = summary(federation)
-    sizes = np.array([len(federation.indices(c, "train")) for c in _spread(clients, SIZED)])
+    sizes = np.array([federation.size(c, "train") for c in _spread(clients, SIZED)])
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
 
     # Labels of a sequence are drawn as shares of its client's examples, so that both panels have one axis.

@@ -50,7 +50,7 @@ def canonical(cohort: Sequence[int], federation: Federation, split: str = "train
     Clients of like size share a block, so that little is padded, and the order in which a cohort was drawn is
     irrelevant.
     """
-    return sorted(set(cohort), key=lambda client: (-len(federation.indices(client, split)), client))
+    return sorted(set(cohort), key=lambda client: (-federation.size(client, split), client))
 
 
 class Way(NamedTuple):

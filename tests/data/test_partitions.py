@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedsim import registry
 from fedsim.data import flower
-from fedsim.data.dataset import Dataset, Partition, Split
+from fedsim.data.dataset import Dataset, Federation, Partition, Split
 from fedsim.errors import ConfigError, DataError
 from fedsim.rng import Key
 
@@ -327,3 +327,14 @@ def test_labels_may_be_missing_from_the_training_part() -> None:
     gaps = data._replace(train=data.train._replace(y=data.train.y * 3), classes=20)
     for options in WHOLE:
         assert all(clients(build(options, gaps)))
+
+
+@pytest.mark.parametrize(
+    "options", [*WHOLE, {"name": "sampled", "clients": 9, "size": 7}], ids=lambda o: str(o["name"])
+)
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
+def test_sizes_are_known_without_drawing(options: dict[str, Any], holdout: float) -> None:
+    federation = Federation(world(), build(options, world()), holdout, Key.root(0))
+    for client in range(len(federation)):
+        for split in ("train", "holdout"):
+            assert federation.size(client, split) == len(federation.indices(client, split))
