@@ -58,17 +58,17 @@ class Loot(NamedTuple):
 
 @dataclass(frozen=True)
 class First:
-    """A partition of which each client keeps its first ``size`` training examples."""
+    """A partition of which each client keeps its first so many training examples; 0: all."""
 
     federation: Federation
-    size: int
+    examples: int
 
     def __len__(self) -> int:
         return len(self.federation)
 
     def __getitem__(self, client: int) -> Indices:
         mine = self.federation.indices(client, "train")
-        return mine[: self.size] if self.size else mine
+        return mine[: self.examples] if self.examples else mine
 
 
 @dataclass(frozen=True)
