@@ -65,7 +65,10 @@ def build(config: Config) -> Dataset:
     name = config.of.get("name")
     if not isinstance(name, str) or name == "features":
         raise DataError("data.of.name: must name another data set")
-    inner = check(config_of("datasets", name), config.of, "data.of")
+    try:
+        inner = check(config_of("datasets", name), config.of, "data.of")
+    except ConfigError as e:
+        raise DataError(*(p if p.startswith("data.of") else f"data.of.name: {p}" for p in e.problems)) from None
     seen = validate(registry.build("datasets", name, "data.of.name", inner))
 
     def split(part: Split) -> Split:

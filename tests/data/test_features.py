@@ -60,7 +60,7 @@ def test_each_example_is_seen_once(looks: list[int], tmp_path: Path) -> None:
         ({"of": {}}, "data.of.name: must name another data set"),
         ({"of": {"name": "features", "of": {}}}, "data.of.name: must name another data set"),
         ({"of": {"name": "digits", "sise": 3}}, "data.of.sise: unknown key"),
-        ({"of": {"name": "digitz"}}, "did you mean 'digits'"),
+        ({"of": {"name": "digitz"}}, "data.of.name: 'digitz' not found; did you mean 'digits'"),
         ({"of": {"name": "digits"}, "backbone": "minilm"}, "minilm reads tokens"),
         ({"of": {"name": "quadratic"}}, "efficientnet_lite0 sees pictures"),
     ],
