@@ -204,7 +204,7 @@ class _Plan(NamedTuple):
     weight: Tensor
     lengths: list[int]
     alive: list[int]  # at each step: the clients that take it, which are the first ones
-    widths: list[int]  # at each step: the largest of their batches
+    widths: list[int]  # at each step: examples that it looks at of each of them
     whole: list[bool]  # at each step: whether all their batches are as large
 
 
@@ -240,7 +240,10 @@ def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: T
                 count[end - 1, k] = n - (of_epoch - 1) * width
     weight = (np.arange(width) < count[:, :, None]).astype(np.float64 if x.dtype == torch.float64 else np.float32)
     alive = [sum(n > s for n in lengths) for s in range(most)]
-    widths = [max(1, int(count[s, :k].max())) for s, k in enumerate(alive)]
+    # Poisson batches differ in every step. Others only in a client's last one: that is padded to the full width, alone
+    # or beside others, so that a client's numbers are the same in both cases wherever the layers allow it.
+    drawn = schedule.sampling == "poisson"
+    widths = [max(1, int(count[s, :k].max())) if drawn else width for s, k in enumerate(alive)]
     whole = [bool((count[s, :k] == widths[s]).all()) for s, k in enumerate(alive)]
     masks = torch.from_numpy(weight).to(x.device)
     return _Plan(

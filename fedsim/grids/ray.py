@@ -178,11 +178,11 @@ class Actor:
         serial: int,
         about: tuple[int, int, Key],
         shared: Any,
-        blocks: list[tuple[int, list[Guest]]],
+        blocks: list[tuple[int, list[int], dict[int, Any]]],
         cohort: int,
         stacked: bool,
     ) -> Any:
-        """Run blocks of a phase, and fold what they report."""
+        """Run blocks of a phase, each its first position, its clients and their memories, and fold what they report."""
         if self._shared[0] != serial:
             self._shared = serial, unpack(shared, self._device)
         round, phase, key = about
@@ -190,8 +190,8 @@ class Actor:
         work = Work(round, phase, local, self._shared[1], key)
         fold: Fold[Any] = Fold(cohort, reduce.merge)
         total = Partial([], {}, (), 0, 0, 0)
-        for start, guests in blocks:
-            mine = [g._replace(memory=unpack(g.memory, self._device)) for g in guests]
+        for start, clients, memory in blocks:
+            mine = [Guest(c, unpack(memory[c], self._device) if c in memory else None) for c in clients]
             part = worker.run(work, self._site.federation, mine, start, cohort, reduce, stacked)
             for node in part.nodes:
                 fold.add(node)
@@ -476,12 +476,15 @@ class RayGrid(BlockGrid):
 
     def _cost(self, clients: Sequence[int]) -> float:
         """What a block costs, about: its examples, and a step's worth for each client."""
-        return sum(len(self.federation.indices(c, "train")) + 10.0 for c in clients)
+        return sum(self.federation.size(c, "train") + 10.0 for c in clients)
 
     def _send(
         self, serial: int, work: Work, shared: Any, cohort: int, stacked: bool, actor: Any, blocks: list[Block]
     ) -> Any:
-        out = [(b.start, [Guest(c, pack(self.memory.get(c))) for c in b.clients]) for b in blocks]
+        # Numbers, and what those who remember remember: a guest for each client would be half of the driver's work.
+        found = {c: self.memory.get(c) for b in blocks for c in b.clients}
+        memory = {c: pack(m) for c, m in found.items() if m is not None}
+        out = [(b.start, b.clients, {c: memory[c] for c in b.clients if c in memory}) for b in blocks]
         return actor.blocks.remote(serial, (work.round, work.phase, work.key), shared, out, cohort, stacked)
 
     def _one_by_one(self, block: Block, send: Callable[[Any, list[Block]], Any]) -> Iterator[Partial]:
