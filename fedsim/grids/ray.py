@@ -220,12 +220,32 @@ def together(a: Partial, b: Partial) -> Partial:
 
 
 class Unit(NamedTuple, Generic[U]):
-    """A piece of work that a worker does as a whole; ``alone``: in a message of its own."""
+    """A piece of work that a worker does as a whole; ``alone``: in a message of its own.
+
+    ``place``: its number in the fold. A message of 2^k units from a place that 2^k divides is answered by one node.
+    """
 
     what: U
     cost: float
     alone: bool = False
     deaths: int = 0
+    place: int | None = None
+
+
+def take(queue: deque[Unit[U]], enough: float) -> list[Unit[U]]:
+    """The first units, of about this cost: as many as are one node of the fold, where they have a place in it."""
+    chunk = [queue.popleft()]
+    cost = chunk[0].cost
+    while queue and not chunk[0].alone and not queue[0].alone and cost < enough:
+        chunk.append(queue.popleft())
+        cost += chunk[-1].cost
+    if chunk[0].place is not None and queue:  # the last ones may be any number
+        low = chunk[0].place & -chunk[0].place
+        whole = 1 << (len(chunk).bit_length() - 1)
+        for unit in reversed(chunk[min(whole, low or whole) :]):
+            queue.appendleft(unit)
+        del chunk[min(whole, low or whole) :]
+    return chunk
 
 
 class Answer(NamedTuple, Generic[U]):
@@ -279,12 +299,8 @@ class Pool:
         try:
             while queue or any(r.units for r in self._running.values()):
                 while queue and self._free:
-                    chunk = [queue.popleft()]
-                    cost = chunk[0].cost
-                    while queue and not chunk[0].alone and not queue[0].alone and cost < left / (SHARE * self.size):
-                        chunk.append(queue.popleft())
-                        cost += chunk[-1].cost
-                    left -= cost
+                    chunk = take(queue, left / (SHARE * self.size))
+                    left -= sum(u.cost for u in chunk)
                     actor = self._free.pop()
                     until = time.monotonic() + self._deadline if self._deadline else float("inf")
                     self._running[call(actor, [u.what for u in chunk])] = _Running(actor, chunk, until)
@@ -466,7 +482,9 @@ class RayGrid(BlockGrid):
         send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, stacked)
         dangerous = [b for b in blocks if self._suspects & set(b.clients)]
         harmless = [b for b in blocks if b not in dangerous]
-        for done in self.pool.run([Unit(b, self._cost(b.clients)) for b in harmless], send):
+        size = len(blocks[0].clients) if blocks else 1
+        units = [Unit(b, self._cost(b.clients), place=b.start // size) for b in harmless]
+        for done in self.pool.run(units, send):
             if done.died is None:
                 yield unpack(done.result)
             else:

@@ -1,12 +1,14 @@
 """Ray's workers: the same numbers as in one process, whoever dies; nothing beyond loopback."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsim import config
 from fedsim.benches import proc
@@ -210,6 +214,21 @@ def test_tensors_travel_as_they_are() -> None:
 )
 def test_workers_on_gpus(gpus: int, memory: int, one: int, cores: int, expected: tuple[int, float]) -> None:
     assert ray_grid.fit(gpus, memory, one, cores) == expected
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_messages_are_single_nodes_of_the_fold(blocks: int, workers: int, random: Any) -> None:
+    """Each message but the last is an aligned run of 2^k blocks; none is lost, and there are not many of them."""
+    cost = sorted((random.uniform(1, 100) for _ in range(blocks)), reverse=True)
+    queue = deque(ray_grid.Unit(i, c, place=i) for i, c in enumerate(cost))
+    left, messages = sum(cost), []
+    while queue:
+        messages.append([u.what for u in ray_grid.take(queue, left / (ray_grid.SHARE * workers))])
+        left -= sum(cost[i] for i in messages[-1])
+    assert [i for m in messages for i in m] == list(range(blocks))
+    for m in messages[:-1]:
+        assert len(m).bit_count() == 1 and m[0] % len(m) == 0
+    assert len(messages) <= 4 * workers * math.log2(blocks + 1) + 1
 
 
 def test_chaos(cluster: Any, inline: str) -> None:
