@@ -17,7 +17,7 @@ figures are normal.
     [[pictures]]
     file = "accuracy.svg"
     title = "Accuracy, lr = 0.01"
-    curves = { FedHyper = "hyper(lr=0.01)" }
+    curves = { FedHyper = "hyper(lr=0.01)" }   # or the mean over cells: "mean(hyper)"
     [[tables]]
     file = "costs.md"
     title = "Accuracy and traffic"
@@ -422,9 +422,12 @@ def _accept(path: Path, judged: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _curve(text: str, grids: Mapping[str, Grid]) -> list[Result]:
-    """The results, one a seed, of ``run`` or ``run(axis=value, …)``."""
+    """The results, one a seed, of ``run`` or ``run(axis=value, …)``; of several cells, their ``mean(…)``."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
+        over = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "mean"
+        if isinstance(node, ast.Call) and over:
+            (node,) = node.args
         fixed = {k.arg or "": ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
     except (SyntaxError, ValueError):
         raise ConfigError(f"{text}: cannot be read as a run") from None
@@ -432,9 +435,20 @@ def _curve(text: str, grids: Mapping[str, Grid]) -> list[Result]:
     if not isinstance(name, ast.Name) or name.id not in grids:
         raise ConfigError(f"{text}: no such run (there are {', '.join(grids)})")
     cells = list(claims.select(grids[name.id], fixed, text).values())
+    if over:
+        return [_averaged(of_seed) for of_seed in zip(*cells, strict=True)]
     if len(cells) != 1:
-        raise ConfigError(f"{text}: a curve is one cell, and this is {len(cells)}")
+        raise ConfigError(f"{text}: a curve is one cell, and this is {len(cells)}; mean({text}) is one")
     return cells[0]
+
+
+def _averaged(results: Sequence[Result]) -> Result:
+    """Line by line, the mean of every number that all of them have."""
+    lines = []
+    for at in zip(*(r.lines for r in results), strict=False):
+        numbers = [k for k in at[0] if all(isinstance(line.get(k), int | float) for line in at)]
+        lines.append({k: sum(line[k] for line in at) / len(at) for k in numbers})
+    return Result(lines, {})
 
 
 def _page(page: Page, grids: Mapping[str, Grid]) -> str:

@@ -263,6 +263,20 @@ def test_a_figure_that_has_moved_is_named(paper: Path, capsys: pytest.CaptureFix
     assert "0 of 1" in (out := capsys.readouterr().out) and "f: 0.65 ± 0.1, expected 0.5 ± 0.1" in out
 
 
+def test_a_curve_over_cells_is_their_mean_for_each_seed() -> None:
+    def result(*values: float) -> Result:
+        return Result([{"round": r, "loss": v, "note": "x"} for r, v in enumerate(values, 1)], {})
+
+    grids = {"run": Grid({"image": (0, 1)}, [[result(1, 2), result(3, 4)], [result(5, 6), result(7, 9)]])}
+    assert reproduce._curve("run(image=1)", grids) == grids["run"].results[1]
+    first, second = reproduce._curve("mean(run)", grids)
+    assert [line["loss"] for line in first.lines] == [3, 4] and [line["loss"] for line in second.lines] == [5, 6.5]
+    assert [line["round"] for line in first.lines] == [1, 2] and "note" not in first.lines[0]
+    for wrong in ("mean(run, run)", "mean()"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            reproduce._curve(wrong, grids)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
