@@ -37,6 +37,18 @@ class Partial(NamedTuple):
     bytes_up: int
 
 
+def together(a: Partial, b: Partial) -> Partial:
+    """Two answers as one."""
+    return Partial(
+        a.nodes + b.nodes,
+        a.memory | b.memory,
+        a.failures + b.failures,
+        a.clients + b.clients,
+        a.examples + b.examples,
+        a.bytes_up + b.bytes_up,
+    )
+
+
 def run(
     work: Work,
     federation: Federation,
@@ -46,8 +58,20 @@ def run(
     reduce: Reducer[Any, Any],
     batched: bool,
 ) -> Partial:
-    """Run the clients at positions ``start …`` of a cohort, and fold their reports."""
-    block_of = _stacked(work, federation, guests) if batched and work.local.unbatchable is None else None
+    """Run the clients at positions ``start …`` of a cohort, and fold their reports.
+
+    A block that does not fit a GPU's memory is run as two.
+    """
+    try:
+        block_of = _stacked(work, federation, guests) if batched and work.local.unbatchable is None else None
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        half = 1 << ((len(guests) - 1).bit_length() - 1)  # a node of the fold again
+        say_once(
+            f"blocks of {len(guests)} clients do not fit the GPU's memory: engine.block = {half} spares the attempt"
+        )
+        parts = ((guests[:half], start), (guests[half:], start + half))
+        return together(*(run(work, federation, mine, at, cohort, reduce, batched) for mine, at in parts))
     if block_of is None:
         results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests)
     else:
@@ -99,6 +123,8 @@ def _stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> blo
     try:
         return block.stacked(work, federation, guests)
     except Exception as e:
+        if isinstance(e, torch.OutOfMemoryError) and len(guests) > 1:
+            raise
         log.warning("block of %d clients failed (%s); running it one by one", len(guests), reason(e))
         return None
 

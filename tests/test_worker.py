@@ -6,7 +6,7 @@ import pytest
 import torch
 import worlds
 
-from fedsim import worker
+from fedsim import block, worker
 from fedsim.block import Guest, Work
 from fedsim.fold import Fold
 from fedsim.rng import Key
@@ -151,3 +151,33 @@ def test_what_a_client_sends_is_not_summed_in_place() -> None:
     folded(part, 5, weighted_mean())
     assert [float(x) for x in shared_tensor] == TOTALS
     assert [float(part.memory[c]["own"]["s"]) for c in range(5)] == TOTALS
+
+
+def test_a_block_that_does_not_fit_is_run_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would say it: no memory for more than two clients, in a block of five."""
+    stacked, sizes = block.stacked, []
+
+    def small(work: Work, federation: Any, guests: Any) -> Any:
+        sizes.append(len(guests))
+        if len(guests) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stacked(work, federation, guests)
+
+    whole = go(summing(unbatchable=None), weighted_mean(), batched=True)
+    monkeypatch.setattr(block, "stacked", small)
+    parts = go(summing(unbatchable=None), weighted_mean(), batched=True)
+    assert sizes == [5, 4, 2, 2]  # and the fifth on its own
+    assert parts.memory.keys() == whole.memory.keys() and parts.examples == whole.examples == sum(SIZES)
+    expected, found = (folded(p, 5, weighted_mean()) for p in (whole, parts))
+    assert torch.equal(found[0]["sum"]["s"], expected[0]["sum"]["s"])
+
+
+def test_one_client_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(block, "stacked", full)
+    monkeypatch.setattr(block, "one", full)
+    part = go(summing(unbatchable=None), batched=True)
+    assert [f.client for f in part.failures] == list(range(5))
+    assert all("OutOfMemoryError" in f.reason for f in part.failures)

@@ -195,7 +195,7 @@ class Actor:
             part = worker.run(work, self._site.federation, mine, start, cohort, reduce, stacked)
             for node in part.nodes:
                 fold.add(node)
-            total = together(total, part)
+            total = worker.together(total, part._replace(nodes=[]))
         return pack(total._replace(nodes=fold.nodes()))
 
     def messages(self, items: list[tuple[Message, Context]]) -> list[tuple[Message, Any]]:
@@ -205,18 +205,6 @@ class Actor:
             reply = answer(self._site.app, message, context)
             out.append((reply, None if reply.has_error() else pack(to_value(context.state))))
         return out
-
-
-def together(a: Partial, b: Partial) -> Partial:
-    """Two answers as one, but for the nodes, which are the first's."""
-    return Partial(
-        a.nodes,
-        a.memory | b.memory,
-        a.failures + b.failures,
-        a.clients + b.clients,
-        a.examples + b.examples,
-        a.bytes_up + b.bytes_up,
-    )
 
 
 class Unit(NamedTuple, Generic[U]):
