@@ -3,29 +3,35 @@
 # runs is nobody in particular. BASE may be any image with Python 3.11 to 3.13 and its venv module.
 ARG BASE=python:3.11.11-slim-bookworm@sha256:081075da77b2b55c23c088251026fb69a7b2bf92471e491ff5fd75c192fd38e5
 
-FROM ${BASE} AS build
+# What we need: a layer that stays when our code changes. With an index that has torch for CPUs alone, the image is
+# several GB smaller: it carries no CUDA.
+FROM ${BASE} AS needs
 WORKDIR /source
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python3 -m venv /opt/fedsim
-ENV PATH=/opt/fedsim/bin:$PATH
-# What we need, before what we are: this layer stays when our code changes. With an index that has torch for CPUs alone,
-# the image is several GB smaller: it carries no CUDA.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PYTHON=/opt/fedsim/bin/python
+RUN python3 -m venv /opt/tools && python3 -m venv --without-pip /opt/fedsim
+COPY pyproject.toml constraints.txt ./
 ARG PIP_EXTRA_INDEX_URL=
-RUN pip install --constraint constraints.txt '.[ray,privacy]'
+RUN touch README.md LICENSE && /opt/tools/bin/pip install --constraint constraints.txt '.[ray,privacy]' \
+    && /opt/tools/bin/pip uninstall --yes fedsim-engine
+
+# What we are: a few MB.
+FROM needs AS ours
+COPY README.md LICENSE ./
 COPY fedsim fedsim
 COPY clients clients
 COPY server server
 COPY strategies strategies
-RUN pip install --no-deps --force-reinstall . && pip uninstall --yes pip
+RUN /opt/tools/bin/pip install --no-deps --target /opt/ours .
 
 FROM ${BASE}
 RUN useradd --uid 10001 --create-home --home-dir /home/fedsim --shell /usr/sbin/nologin fedsim \
     && install -d -o 10001 -g 10001 -m 0700 /state /certs /certs/superlink /certs/serverapp \
     /certs/node-0 /certs/node-1 /certs/node-2 /certs/node-3 /certs/node-4
-COPY --from=build /opt/fedsim /opt/fedsim
+COPY --from=needs /opt/fedsim /opt/fedsim
+COPY --from=ours /opt/ours /opt/ours
 COPY experiments /opt/experiments
-ENV PATH=/opt/fedsim/bin:$PATH \
+ENV PATH=/opt/ours/bin:/opt/fedsim/bin:$PATH \
+    PYTHONPATH=/opt/ours \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     OMP_NUM_THREADS=1 \

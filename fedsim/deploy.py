@@ -59,7 +59,7 @@ def supernode(certs: Path, own: Path, address: str, port: int, node_config: str)
 def executor(certs: Path, address: str) -> list[str]:
     """The command of a process that takes the work of a SuperLink, or of a SuperNode, at ``address``."""
     return [
-        sys.executable, "-c", "from fedsim.grids.flower import superexec; superexec()",
+        sys.executable, "-c", "from fedsim.grids.executor import superexec; superexec()",
         "--runtime-api-address", address, "--root-certificates", str(certs / "ca.crt"),
         "--superexec-auth-secret-file", str(certs / "exec.key"),
     ]  # fmt: skip

@@ -1,11 +1,10 @@
-"""The edge to Flower: every private name of flwr that we need is used in this file, and nowhere else.
+"""The edge to Flower: every private name of flwr that we need is used in this file, and nowhere else
+(but for ``fedsim.grids.executor``, which has no time to import torch).
 
 ``tests/grids/test_flower.py`` fails loudly when an upgrade of flwr moves one of them.
 """
 
 import logging
-import os
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ logging.getLogger("flwr").setLevel(logging.ERROR)  # flwr sets INFO when it is i
 
 SERVER_NODE = 1
 RUN_ID = 1
-GRACE = 5.0  # seconds for a task to end
 
 
 def identify() -> None:
@@ -241,53 +239,7 @@ def register(superlink: str, keys: Iterable[Path]) -> None:
         client.close()
 
 
-# What a task's process has imported when it begins; nothing of an app's own, since that may come with the task.
-PRELOADED = ["torch", "safetensors.torch", "pydantic", "flwr.supernode.cli", "flwr.superlink.cli"]
-
-
-def superexec() -> None:
-    """Flower's SuperExec, with task processes that are forked from one in which torch and flwr are imported already.
-
-    Flower starts an interpreter for each message, which takes seconds to import them. A fork server has no threads and
-    holds no connection; a task is a process of its own, as before.
-    """
-    import multiprocessing
-
-    from flwr.supercore.cli import flower_superexec
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec import run_superexec
-    from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
-    from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
-    from flwr.superlink.cli import flwr_serverapp
-    from flwr.supernode.cli import flwr_clientapp
-
-    commands = {TaskType.SERVER_APP: flwr_serverapp, TaskType.CLIENT_APP: flwr_clientapp}
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOADED)
-    tasks: list[Any] = []
-
-    class Forks(SubprocessExecutor):
-        def launch(self, spec: ExecutionSpec) -> LaunchResult:
-            if spec.task_type not in commands:
-                return LaunchResult.failed(f"{spec.task_type} is not run here")
-            tasks[:] = [task for task in tasks if task.is_alive()]
-            tls = ["--insecure"] if spec.insecure else ["--root-certificates", str(spec.root_certificates_path)]
-            address, parent = ["--runtime-api-address", spec.runtime_api_address], ["--parent-pid", str(os.getpid())]
-            sys.argv = [spec.task_type, *address, *parent, *tls, "--token", spec.token]  # a fork has our arguments
-            tasks.append(forks.Process(target=commands[spec.task_type]))
-            tasks[-1].start()
-            return LaunchResult.accepted()
-
-        def close(self) -> None:
-            """Let every task end as it would for SIGTERM: a run stops with its checkpoint."""
-            for task in tasks:
-                task.terminate()
-            for task in tasks:
-                task.join(GRACE)
-
-    run_superexec.get_executor = lambda *args, **kwargs: Forks()  # type: ignore[attr-defined]
-    flower_superexec()
-
-
 if __name__ == "__main__":
+    import sys
+
     register(sys.argv[1], [Path(key) for key in sys.argv[2:]])

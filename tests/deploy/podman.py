@@ -92,7 +92,9 @@ class Podman(Compose):
         self._hosts.flush()
         Path(self._hosts.name).chmod(0o644)
         image = SERVICES["superlink"]["image"]
-        self.podman("run", "--detach", "--network=none", f"--name={PREFIX}net", image, "sleep", "infinity")
+        self.podman(
+            "run", "--detach", "--no-healthcheck", "--network=none", f"--name={PREFIX}net", image, "sleep", "infinity"
+        )
 
     def start(self, name: str) -> float:
         """Start a service and, before it, what it depends on; the seconds from its start until it is healthy."""
@@ -102,13 +104,13 @@ class Podman(Compose):
         for other in service.get("depends_on", {}):
             self.start(other)
         command = [interpolated(part, self.variables) for part in service["command"]]
-        where = [f"--network=container:{PREFIX}net", f"--volume={self._hosts.name}:/etc/hosts:ro"]
+        # Health is asked by hand: the timers of podman's own checks are systemd's.
+        where = ["--no-healthcheck", f"--network=container:{PREFIX}net", f"--volume={self._hosts.name}:/etc/hosts:ro"]
         of = [f"--name={PREFIX}{name}", *where, *options(service, self.variables)]
         began = time.monotonic()
         self.podman("run", "--detach", *of, service["image"], *command)
         if service["restart"] == "no":
             assert self.podman("wait", PREFIX + name).stdout.strip() == "0", self.logs(name)
-        # Asked by hand: the timers of podman's own health checks are systemd's.
         kind, *test = service["healthcheck"].get("test", ["CMD", "true"])
         assert kind == "CMD"
         while service["restart"] != "no" and self.podman("exec", PREFIX + name, *test, check=False).returncode:

@@ -126,6 +126,20 @@ def test_a_killed_superlink_and_a_restarted_node_lose_nothing(deployment: Local,
 
 
 @pytest.mark.slow
+def test_work_is_not_given_to_a_process_without_the_secret(tmp_path: Path) -> None:
+    certificates.make(tmp_path / "strangers", 1)
+    with deploy.local(tmp_path / "deployment", 0) as there:
+        shutil.copy(there.certs / "serverapp" / "ca.crt", tmp_path / "strangers" / "serverapp")
+        call = deploy.executor(tmp_path / "strangers" / "serverapp", f"127.0.0.1:{there.place['port']}")
+        pid, end = there.spawn("thief", call, tmp_path), time.monotonic() + 60
+        while deploy.alive(pid) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not deploy.alive(pid)
+        assert "SuperExec authentication failed" in (there.folder / "logs" / "superlink.log").read_text()
+        assert set(there.running()) == {"superlink", "superlink-executor"}
+
+
+@pytest.mark.slow
 def test_an_unknown_node_and_a_wrong_certificate_are_refused(deployment: Local, tmp_path: Path) -> None:
     certificates.make(tmp_path / "strangers", 3)
     unknown, deceived = (tmp_path / name for name in ("unknown", "deceived"))

@@ -40,6 +40,16 @@ def test_private_names_are_where_they_were() -> None:
     assert message.metadata.run_id == flower.RUN_ID
 
 
+def test_the_executor_can_be_exchanged() -> None:
+    """Tasks are forked where SuperExec asks for its executor by this name, and launches what this class launches."""
+    from flwr.supercore.superexec import run_superexec
+    from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+
+    assert "get_executor" in vars(run_superexec)
+    assert "executor = get_executor(" in inspect.getsource(run_superexec.run_superexec)
+    assert {"launch", "close"} <= vars(SubprocessExecutor).keys()
+
+
 def test_the_grid_is_whole() -> None:
     """Flower's Grid asks for nothing that ours has not, and ours changes no signature."""
     assert not set(Grid.__abstractmethods__) - set(dir(MessageGrid))
