@@ -44,6 +44,7 @@ from fedsim.errors import FedsimError
 from fedsim.fold import Fold, Node
 from fedsim.grids.flower import error_reply, from_value, identify, to_value
 from fedsim.grids.inline import App, Block, BlockGrid, Site, answer
+from fedsim.grids.place import Machine, here, need, place
 from fedsim.memory import Memory
 from fedsim.rng import Key
 from fedsim.types import Payload, Reducer
@@ -366,27 +367,37 @@ class Pool:
         self._free, self._running, self._pids = [], {}, {}
 
 
-def fit(gpus: int, memory: int, one: int, cores: int) -> tuple[int, float]:
-    """Workers, and each one's share of a GPU: as many as a GPU's ``memory`` holds of ``one``, both in bytes.
-
-    A tenth of the memory stays free. No more workers than cores, and no more than eight a GPU: they queue for its
-    units. At least one a GPU, whatever it measures: blocks get smaller before workers do.
-    """
-    each = max(1, min(8, int(memory * 0.9) // max(one, 1), cores // max(gpus, 1)))
-    return gpus * each, 1 / each
+def machines(gpus: int) -> list[Machine]:
+    """Those of the cluster that this process has joined, or this one."""
+    if not ray.is_initialized():
+        return [here(gpus)]
+    out = []
+    for node in ray.nodes():
+        has = node["Resources"]
+        if node["Alive"] and has.get("CPU"):
+            used = int(has.get("GPU", 0)) if gpus else 0
+            out.append(Machine(node["NodeManagerAddress"], int(has["CPU"]), used, int(has.get("memory", 0))))
+    return out
 
 
 class Cluster:
     """Ray, started for this process; or joined, where ``RAY_ADDRESS`` names a cluster or this process has one."""
 
-    def __init__(self, workers: int, gpus: int, store: int) -> None:
+    def __init__(self) -> None:
         self._home: Path | None = None
         self._joined = ray.is_initialized()
         self.local = not os.environ.get("RAY_ADDRESS")
-        if self._joined:
-            return
-        if not self.local:
+        if not self._joined and not self.local:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it was started for this process."""
+        return self.local and not self._joined
+
+    def start(self, workers: int, gpus: int, store: int) -> None:
+        """Start it, with room for so many workers and bytes of shared memory, unless there is one."""
+        if not self.ours:
             return
         self._home = Path(tempfile.mkdtemp(prefix="fs-"))  # short: paths of sockets have 107 bytes
         (self._home / offline.CLUSTER_FILE).write_text(offline.CLUSTER)
@@ -435,29 +446,33 @@ class RayGrid(BlockGrid):
     ) -> None:
         super().__init__(federation, experiment.engine, memory, app)
         engine, device = experiment.engine, federation.dataset.train.x.device
-        cores = len(os.sched_getaffinity(0))
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        workers, share = (cores, 0.0) if engine.workers == "auto" else (int(engine.workers), 0.0)
-        if gpus:
-            if engine.workers == "auto":
-                used = max(torch.cuda.max_memory_reserved(device), 1 << 30)
-                workers, share = fit(gpus, torch.cuda.get_device_properties(device).total_memory, used, cores)
-            else:
-                share = min(1.0, gpus / workers)
         data = sum(x.numel() * x.element_size() for s in federation.dataset[1:3] for x in (s.x, s.y))
-        self._cluster = Cluster(workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
+        self._cluster = Cluster()
+        asked = None if engine.workers == "auto" else engine.workers
+        of_gpu = (0, 0)
+        if gpus:
+            of_gpu = (
+                torch.cuda.get_device_properties(device).total_memory,
+                max(torch.cuda.max_memory_reserved(device), 1 << 30),
+            )
+        found = place(machines(gpus), asked, need(data), *of_gpu)
+        self._cluster.start(found.workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
         tables = config.dump(experiment)
         tables["engine"] |= {"kind": "inline"}
         world = ray.put(export(federation))
-        remote = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0, max_task_retries=0)(Actor)
+        # Where machines were counted, none gets more than it has room for.
+        room = {"memory": found.memory} if asked is None and not self._cluster.ours else {}
+        remote = ray.remote(num_cpus=1, num_gpus=found.share, max_restarts=0, max_task_retries=0, **room)(Actor)
         driver = Driver(os.environ.get("HOME"), list(sys.path))
         self.pool = Pool(
-            lambda: remote.remote(tables, world, secret, driver), workers, engine.deadline, self._cluster.local
+            lambda: remote.remote(tables, world, secret, driver), found.workers, engine.deadline, self._cluster.local
         )
         self._serial = 0
         self._suspects: set[int] = set()  # clients that have killed workers before
-        on = f"{gpus} GPUs, {share:.2g} of one each" if gpus else f"{cores} cores"
-        log.info("clients run in %d workers of Ray on %s", workers, on)
+        log.info("clients run in %d workers of Ray", found.workers)
+        for line in found.table:
+            log.info("  %s", line)
 
     def close(self) -> None:
         self.pool.close()

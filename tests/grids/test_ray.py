@@ -50,7 +50,8 @@ BASE: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """One cluster for all of them; grids join it, and leave it when they are closed."""
-    made = ray_grid.Cluster(8, 0, 200_000_000)
+    made = ray_grid.Cluster()
+    made.start(8, 0, 200_000_000)
     yield made
     made.close()
 
@@ -203,17 +204,9 @@ def test_tensors_travel_as_they_are() -> None:
     assert value["x"].a[0] == 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    ("gpus", "memory", "one", "cores", "expected"),
-    [
-        (1, 80 << 30, 10 << 30, 16, (7, 1 / 7)),
-        (2, 80 << 30, 10 << 30, 8, (8, 1 / 4)),  # four cores a GPU
-        (1, 80 << 30, 1 << 30, 64, (8, 1 / 8)),  # eight a GPU, not seventy-two
-        (4, 16 << 30, 40 << 30, 4, (4, 1.0)),  # does not fit, but somebody must try
-    ],
-)
-def test_workers_on_gpus(gpus: int, memory: int, one: int, cores: int, expected: tuple[int, float]) -> None:
-    assert ray_grid.fit(gpus, memory, one, cores) == expected
+def test_a_cluster_is_counted(cluster: Any) -> None:
+    (machine,) = ray_grid.machines(0)
+    assert machine[:3] == ("127.0.0.1", 8, 0) and machine.memory > 1e8
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.randoms(use_true_random=False))
