@@ -264,9 +264,8 @@ def report(ours: Ran, theirs: Ran | None, say: Callable[[str], None] = print) ->
     say(f"{'ms a message':<32} {_each(ours):>14.2f} {_each(theirs):>14.2f}")
     mine, other = overhead(ours, ours), overhead(theirs, ours)
     say(f"{'of which overhead':<32} {mine:>14.2f} {other:>14.2f}")
-    say(
-        f"flower takes {_each(theirs) / _each(ours):.1f} times as long a message, with {other / mine:.0f} times the overhead"
-    )
+    times = _each(theirs) / _each(ours)
+    say(f"flower takes {times:.1f} times as long a message, with {other / mine:.0f} times the overhead")
 
 
 def overhead(ran: Ran, ours: Ran) -> float:
