@@ -58,6 +58,7 @@ QUIET = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # whatever its name says: without it, loopback becomes the host's address
 }
 # Ray reads some of these when it is imported, and every process of it the token.
+TOO_LATE = "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
 os.environ |= QUIET | {"RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
 
 import ray  # noqa: E402
@@ -399,6 +400,11 @@ class Cluster:
         """Start it, with room for so many workers and bytes of shared memory, unless there is one."""
         if not self.ours:
             return
+        if TOO_LATE:
+            raise FedsimError(
+                "engine.kind: Ray was imported before fedsim could switch its token on; import fedsim.grids.ray before"
+                " ray, or set RAY_AUTH_MODE=token"
+            )
         self._home = Path(tempfile.mkdtemp(prefix="fs-"))  # short: paths of sockets have 107 bytes
         (self._home / offline.CLUSTER_FILE).write_text(offline.CLUSTER)
         home = os.environ.get("HOME")

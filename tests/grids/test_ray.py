@@ -188,6 +188,16 @@ def test_nothing_beyond_loopback(tmp_path: Path) -> None:
     assert {local for local, _ in seen} <= LOOPBACK | NOBODY
 
 
+def test_ray_that_was_imported_too_early(tmp_path: Path) -> None:
+    """It would wait for 20 s, and then say that its own token is wrong."""
+    code = "import ray\nfrom fedsim.grids.ray import Cluster\nCluster().start(1, 0, 100_000_000)"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=False
+    )
+    assert "import fedsim.grids.ray before ray" in done.stderr.splitlines()[-1]
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "fedsim.grids.ray")
