@@ -66,6 +66,7 @@ def loop(spec: dict[str, Any], clock: Clock) -> float:
     from torch.nn.functional import cross_entropy
 
     from fedsim import config
+    from fedsim.rng import Key
     from fedsim.run import build
 
     experiment = config.parse(spec["experiment"])
@@ -73,7 +74,7 @@ def loop(spec: dict[str, Any], clock: Clock) -> float:
     settings: Any = experiment.strategy
     assert session.task.module is not None
     model = session.task.module()
-    w = session.task.init(torch.Generator().manual_seed(experiment.seed))
+    w = session.task.init(Key.root(experiment.seed).at("init").torch())
     data, rng = session.federation.dataset, torch.Generator().manual_seed(experiment.seed)
     for number in range(1, experiment.rounds + 1):
         total = {name: torch.zeros_like(p) for name, p in w.items()}
@@ -108,6 +109,7 @@ def opacus(spec: dict[str, Any], clock: Clock) -> float:
     from torch.nn.functional import cross_entropy
 
     from fedsim import config
+    from fedsim.rng import Key
     from fedsim.run import build
 
     engine = importlib.import_module("opacus").PrivacyEngine  # a peer here; the engine's own use of it is elsewhere
@@ -116,7 +118,7 @@ def opacus(spec: dict[str, Any], clock: Clock) -> float:
     session = build(experiment)
     settings: Any = experiment.strategy
     assert session.task.module is not None
-    w = session.task.init(torch.Generator().manual_seed(experiment.seed))
+    w = session.task.init(Key.root(experiment.seed).at("init").torch())
     data = session.federation.dataset
     for number in range(1, experiment.rounds + 1):
         total = {name: torch.zeros_like(p) for name, p in w.items()}
