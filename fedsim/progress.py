@@ -97,6 +97,8 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("accuracy", f"{number(s.get('final_accuracy'), '.4f')} (best {number(s.get('best_accuracy'), '.4f')})"),
         ("loss", number(s.get("final_loss"), ".4f")),
     ]
+    if s.get("best_accuracy") is None and s.get("final_loss") is not None:
+        del out[2]  # a function to be minimised has none
     if s.get("epsilon") is not None:
         out.append(("epsilon", f"{s['epsilon']:.3f}"))
     out += [

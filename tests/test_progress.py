@@ -114,6 +114,11 @@ def test_a_run_that_failed_early_has_a_table_too() -> None:
     assert rows["rounds"] == "0 (failed)" and rows["accuracy"] == "- (best -)" and rows["params"] == "-"
 
 
+def test_a_function_to_be_minimised_has_no_accuracy() -> None:
+    rows = dict(progress.rows(SUMMARY | {"final_accuracy": None, "best_accuracy": None}))
+    assert "accuracy" not in rows and rows["loss"] == "0.1250"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_960, "100 kB"), (999_600, "1.0 MB"), (5e18, "5000 PB")],
