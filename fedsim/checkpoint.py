@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from fedsim.errors import ResumeError
-from fedsim.files import sync, write
+from fedsim.files import sync, write, write_new
 from fedsim.memory import Memory
 
 log = logging.getLogger("fedsim")
@@ -154,10 +154,7 @@ class Store:
         """Write the checkpoint of a round; older ones beyond ``keep`` go, and memories that none of them needs."""
         clients = self._folder / "clients"
         clients.mkdir(parents=True, exist_ok=True)
-        for client in sorted(memory.changed):
-            packed = pack(memory.get(client))
-            write(clients / f"{client}-{round}.safetensors", packed)
-            self._since[client] = round, sha256(packed).hexdigest()
+        write_new(clients, self._memories(round, memory))
         packed = pack(state)
         manifest = {
             "format": FORMAT,
@@ -178,6 +175,13 @@ class Store:
         sync(self._folder)
         memory.changed.clear()
         self._forget()
+
+    def _memories(self, round: int, memory: Memory) -> Iterator[tuple[str, bytes]]:
+        """What has changed, as files, each noted as it goes."""
+        for client in sorted(memory.changed):
+            packed = pack(memory.get(client))
+            self._since[client] = round, sha256(packed).hexdigest()
+            yield f"{client}-{round}.safetensors", packed
 
     def load(self, named: Mapping[str, type]) -> Checkpoint:
         """The newest checkpoint that is whole. Raises ``ResumeError`` where there is none."""

@@ -1,7 +1,11 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+AT_ONCE = 16  # files on their way to the disk
 
 
 def write(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -23,9 +27,28 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """Make new names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def write_new(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
+    """Files that nothing refers to yet, by name; all are on the disk when this returns, and any of them before.
+
+    They go there together: one after the other, each would wait for a commit of the file system.
+    """
+    paths = []
+    for name, data in contents:
+        path = folder / name
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as f:
+            f.write(data)
+        paths.append(path)
+    if not paths:
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in pool.map(sync, paths):
+            pass
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or the new names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
