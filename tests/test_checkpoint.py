@@ -1,6 +1,7 @@
 """Values that survive: what goes into a checkpoint comes out the same, bit for bit. (Damage: test_faults.py.)"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,11 +109,11 @@ def test_any_nested_value(tmp_path_factory: pytest.TempPathFactory, value: Any) 
 
 
 def test_no_pickle_anywhere() -> None:
-    """Loading a checkpoint must not be able to run code."""
+    """Loading a checkpoint must not be able to run code; of a stranger's file of weights, tensors are all that is read."""
     root = Path(__file__).parent.parent
     for folder in ("fedsim", "clients", "server", "strategies"):
         for path in (root / folder).rglob("*.py"):
-            text = path.read_text()
+            text = re.sub(r"torch\.load\(\w+, weights_only=True\)", "", path.read_text())
             for forbidden in ("import pickle", "pickle.load", "torch.load(", "import dill", "cloudpickle", "marshal"):
                 assert forbidden not in text, f"{path}: {forbidden}"
 
