@@ -109,7 +109,7 @@ def test_any_nested_value(tmp_path_factory: pytest.TempPathFactory, value: Any) 
 
 
 def test_no_pickle_anywhere() -> None:
-    """Loading a checkpoint must not be able to run code; of a stranger's file of weights, tensors are all that is read."""
+    """Loading a checkpoint must not be able to run code; of a stranger's weights, tensors are all that is read."""
     root = Path(__file__).parent.parent
     for folder in ("fedsim", "clients", "server", "strategies"):
         for path in (root / folder).rglob("*.py"):
