@@ -98,8 +98,8 @@ def from_module(
     tiny = Batch(x.to(dtype) if x.is_floating_point() else x, y)
     start = {name: p.detach() for name, p in prototype.named_parameters() if p.requires_grad}
     _try(call, predict, loss, start, tiny, classes)
-    unbatchable = _unbatchable(loss, start, tiny)
     chain = lower(prototype, (tiny.x, tiny.y))
+    unbatchable = None if chain else _unbatchable(loss, start, tiny)  # layers that are known to be stackable
     fast = loss if chain is None else Lowered(loss, chain)
     return Task(init, predict, fast, _Score(predict), classes, population, unbatchable, lambda: make().to(dtype))
 
