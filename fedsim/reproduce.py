@@ -292,7 +292,8 @@ def _each(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]
 
 
 def _said(summary: Mapping[str, Any]) -> str:
-    accuracy = summary.get("final_accuracy", summary.get("personal_accuracy_mean"))
+    known = (summary.get(key) for key in ("final_accuracy", "personal_accuracy_mean"))
+    accuracy = next((a for a in known if a is not None), None)
     return f"accuracy {'-' if accuracy is None else format(accuracy, '.4f')}, {summary['wall_seconds']:.1f} s"
 
 
