@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 import time
+import traceback
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
@@ -458,8 +459,11 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="With an error, the lines of code that led to it.")] = False,
 ) -> None:
     """Federated-learning simulation on Flower."""
+    if debug:
+        logging.getLogger("fedsim").setLevel(logging.DEBUG)
 
 
 def command() -> click.Command:
@@ -496,6 +500,8 @@ def main() -> None:
             print(line if isinstance(e, Stopped) else f"error: {line}", file=sys.stderr)
         for note in getattr(e, "__notes__", ()):
             print(note, file=sys.stderr)
+        if logging.getLogger("fedsim").isEnabledFor(logging.DEBUG):
+            traceback.print_exception(e)
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)

@@ -69,8 +69,13 @@ def _one_slip(a: str, b: str) -> bool:
 
 
 def where(e: BaseException) -> str:
-    """The file and line in which an exception was raised."""
-    at, tb = "?", e.__traceback__
+    """The file and line in which an exception was raised: the innermost that is no installed package's, if any."""
+    at, installed, tb = "?", True, e.__traceback__
     while tb is not None:
-        at, tb = f"{Path(tb.tb_frame.f_code.co_filename).name}:{tb.tb_lineno}", tb.tb_next
+        path = Path(tb.tb_frame.f_code.co_filename)
+        if "site-packages" not in path.parts:
+            at, installed = f"{path.name}:{tb.tb_lineno}", False
+        elif installed:
+            at = f"{path.name}:{tb.tb_lineno}"
+        tb = tb.tb_next
     return at

@@ -13,6 +13,7 @@ import torch
 from fedsim import block, tree
 from fedsim.block import Guest, Work
 from fedsim.data.dataset import Federation
+from fedsim.errors import where
 from fedsim.fold import Node, leaves, level
 from fedsim.types import Done, Payload, Reducer, Report, Reports
 
@@ -125,7 +126,8 @@ def _stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> blo
     except Exception as e:
         if isinstance(e, torch.OutOfMemoryError) and len(guests) > 1:
             raise
-        log.warning("block of %d clients failed (%s); running it one by one", len(guests), reason(e))
+        why = f"{reason(e)}, {where(e)}"
+        log.warning("block of %d clients failed (%s); running it one by one", len(guests), why)
         return None
 
 
@@ -135,7 +137,7 @@ def _one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> 
             yield block.one(work, federation, guest)
         except Exception as e:
             log.debug("client %d", guest.client, exc_info=True)
-            yield Failure(guest.client, reason(e))
+            yield Failure(guest.client, reason(e) if isinstance(e, Unusable) else f"{reason(e)} ({where(e)})")
 
 
 def alone(work: Work, federation: Federation, guest: Guest, batched: bool) -> tuple[Done, int]:

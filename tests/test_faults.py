@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -320,8 +321,12 @@ def test_client_that_raises_through_the_command(tmp_path: Path) -> None:
     assert "Traceback" not in answer.err
     errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "failed in round 1 (seed 3): KeyError: 'broken transform'" in errors[0]
+    assert re.search(r"failed in round 1 \(seed 3\): KeyError: 'broken transform' \(mine.py:\d+\)$", errors[0])
     assert runs.summary(tmp_path / "out")["status"] == "failed"
+    # Whoever wants to know more asks for it.
+    answer = runs.command("--debug", "run", file, "--out", "again", cwd=tmp_path)
+    assert answer.code == 1 and [line for line in answer.err.splitlines() if line.startswith("error: ")] == errors
+    assert "Traceback" in answer.err and 'mine.py", line' in answer.err
 
 
 # The server's half
