@@ -266,7 +266,11 @@ class Compose:
             subprocess.run(call, cwd=self.project, stdin=subprocess.DEVNULL, stdout=packed, check=False)
             packed.seek(0)
             with contextlib.suppress(tarfile.ReadError), tarfile.open(fileobj=packed) as found:
-                found.extractall(out, filter="data")
+                for member in found:  # files alone, and none beside the folder: apps' code may have written there
+                    path = (out / member.name).resolve()
+                    if member.isfile() and path.is_relative_to(out.resolve()):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_bytes(found.extractfile(member).read())  # type: ignore[union-attr]
 
 
 def engine() -> list[str]:

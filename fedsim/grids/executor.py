@@ -9,7 +9,7 @@ import sys
 from multiprocessing import forkserver, get_context
 from typing import Any
 
-GRACE = 1.5  # seconds for a task to end after SIGTERM; what it needs again is on disk by then
+GRACE = 1.0  # seconds for a task to end after SIGTERM; what it needs again is on disk by then
 # What a task's process has imported when it begins; nothing of an app's own, since that may come with the task.
 PRELOADED = ["torch", "safetensors.torch", "pydantic", "flwr.supernode.cli", "flwr.superlink.cli"]
 

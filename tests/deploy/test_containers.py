@@ -218,12 +218,16 @@ def test_one_process_in_a_container_has_the_same_bits_and_stops_at_once(containe
         alone = ["--network=none", f"--volume={PREFIX}alone:/state", "--restart=no", f"--name={PREFIX}{name}"]
         containers.podman("run", "--detach", *hardened, *alone, SERVICES["serverapp"]["image"], *command)
 
-    quickstart = ["fedsim", "run", "/opt/experiments/quickstart.toml", "rounds=2", "--out"]
-    start("two", *quickstart, "/state/two")
-    assert containers.podman("wait", f"{PREFIX}two").stdout.strip() == "0", containers.logs("two")
+    def said(name: str, *command: str) -> str:
+        start(name, *command)
+        assert containers.podman("wait", f"{PREFIX}{name}").stdout.strip() == "0", containers.logs(name)
+        return containers.logs(name)
+
+    quickstart = ["fedsim", "run", "/opt/experiments/quickstart.toml", "--out"]
+    said("two", *quickstart, "/state/two", "rounds=2")
     e = config.parse(config.override(config.read(ROOT / "experiments" / "quickstart.toml"), ["rounds=2"]))
-    assert str(run(e, tmp_path / "here")["params_sha256"])[:16] in containers.logs("two")
-    start("long", *quickstart[:3], "rounds=100000", "--out", "/state/long")
+    assert str(run(e, tmp_path / "here")["params_sha256"]) in said("look-two", "cat", "/state/two/summary.json")
+    start("long", *quickstart, "/state/long", "rounds=100000")
     until = time.monotonic() + 120
     while "round-" not in containers.inside("long", "ls", "/state/long/checkpoint", check=False):
         assert time.monotonic() < until, containers.logs("long")
@@ -231,10 +235,8 @@ def test_one_process_in_a_container_has_the_same_bits_and_stops_at_once(containe
     seconds = containers.stop("long")
     print(f"stop {seconds:.2f} s")
     assert seconds <= 2
-    start("look", "sh", "-c", "ls /state/long/checkpoint; cat /state/long/summary.json")
-    containers.podman("wait", f"{PREFIX}look")
-    said = containers.logs("look")
-    assert "round-" in said and '"stopped"' in said
+    left = said("look-long", "sh", "-c", "ls /state/long/checkpoint; cat /state/long/summary.json")
+    assert "round-" in left and '"stopped"' in left
 
 
 @pytest.mark.slow
@@ -244,14 +246,20 @@ def test_ray_in_containers_has_the_same_bits_and_knows_no_stranger(containers: P
     print({name: round(containers.start(name), 1) for name in ("ray-head", "ray-worker")})
     call = ["fedsim", "run", "/opt/experiments/quickstart.toml", "rounds=2", "engine.kind=ray", "engine.workers=2"]
     joined = ["exec", "--env=RAY_ADDRESS=127.0.0.1:6379", f"{PREFIX}ray-head"]
-    said = containers.podman(*joined, *call, "--out", "/state/runs/two").stdout
+    containers.podman(*joined, *call, "--out", "/state/runs/two")
     e = config.parse(config.override(config.read(ROOT / "experiments" / "quickstart.toml"), ["rounds=2"]))
-    assert str(run(e, tmp_path / "here")["params_sha256"])[:16] in said
-    for token in ("", "f" * 64):
-        stranger = ["exec", "--env=RAY_ADDRESS=127.0.0.1:6379", f"--env=RAY_AUTH_TOKEN={token}", f"{PREFIX}ray-worker"]
+    assert str(run(e, tmp_path / "here")["params_sha256"]) in containers.inside(
+        "ray-head", "cat", "/state/runs/two/summary.json"
+    )
+    for strange in (["RAY_AUTH_MODE=disabled", "RAY_AUTH_TOKEN="], ["RAY_AUTH_TOKEN=" + "f" * 64]):
+        env = [f"--env={each}" for each in ("RAY_ADDRESS=127.0.0.1:6379", *strange)]
+        stranger = ["exec", *env, f"{PREFIX}ray-worker"]
         code = "import ray; ray.init(address='auto', log_to_driver=False); print('inside')"
         tried = containers.podman(*stranger, "timeout", "60", "python", "-c", code, check=False)
         assert tried.returncode and "inside" not in tried.stdout
+    threads = containers.inside("ray-head", "sh", "-c", "ls -d /proc/[0-9]*/task/* | wc -l")
+    assert int(threads) < SERVICES["ray-head"]["pids_limit"] / 2
+    print("threads", threads)
     status = containers.inside("ray-head", "cat", "/proc/1/status")
     assert re.search(r"CapEff:\t0+\n", status)
     print("stop", {name: round(containers.stop(name), 2) for name in ("ray-worker", "ray-head")})
