@@ -52,12 +52,19 @@ reproduce-ffa-lora: $(VENV)/.all  ## FFA-LoRA's claims: teacher-student tasks, t
 	$(BIN)/fedsim data get minilm
 	$(BIN)/fedsim data get fine_foods
 	$(BIN)/fedsim reproduce experiments/ffa_lora/foods/claims.toml
+	$(BIN)/fedsim reproduce experiments/ffa_lora/foods_private/claims.toml
+
+reproduce-ffa-lora-newsgroups: $(VENV)/.all  ## MiniLM on 20 Newsgroups with three splits of the labels
+	$(BIN)/fedsim data get minilm
+	$(BIN)/fedsim data get newsgroups
+	$(BIN)/fedsim reproduce experiments/ffa_lora/newsgroups/claims.toml
 
 reproduce-ffa-lora-quick: $(VENV)/.all  ## the same for a round or two of one seed: does it run?
 	$(BIN)/fedsim reproduce experiments/ffa_lora/claims.toml --quick
 	$(BIN)/fedsim data get minilm
 	$(BIN)/fedsim data get fine_foods
 	$(BIN)/fedsim reproduce experiments/ffa_lora/foods/claims.toml --quick
+	$(BIN)/fedsim reproduce experiments/ffa_lora/foods_private/claims.toml --quick
 
 reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
 	$(BIN)/fedsim data get mnist
@@ -83,4 +90,4 @@ bench: $(VENV)/.all  ## time the engine on this machine
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick reproduce-fzoos
+.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick reproduce-ffa-lora-newsgroups help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick reproduce-fzoos
