@@ -185,7 +185,7 @@ def _value(node: ast.expr, grids: Mapping[str, Grid], figures: dict[str, Table])
             left, right = _aligned(_value(a, grids, figures), _value(b, grids, figures))
             x, y = (side.values if isinstance(side, Table) else side for side in (left, right))
             cells = next((side.cells for side in (left, right) if isinstance(side, Table)), None)
-            with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 of runs that know nothing yet makes a claim false
+            with np.errstate(divide="ignore", invalid="ignore"):  # a claim over nothing is false
                 result = ARITHMETIC[type(op)](x, y)
             if cells is None:
                 return float(result)
