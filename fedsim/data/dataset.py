@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedsim import tree
 from fedsim.errors import DataError
 from fedsim.rng import Key
 
@@ -93,7 +94,7 @@ def validate(dataset: Dataset) -> Dataset:
             raise DataError(f"data: {dataset.name} {name} has {n} inputs and {m} labels")
         if n == 0:
             raise DataError(f"data: {dataset.name} {name} is empty")
-        if split.x.is_floating_point() and not torch.isfinite(split.x).all():
+        if split.x.is_floating_point() and not tree.finite({"x": split.x}):
             bad = (~torch.isfinite(split.x.reshape(n, -1))).any(1).nonzero()[:, 0]
             raise DataError(f"data: {dataset.name} {name} has NaN or Inf in {len(bad)} rows (first: row {int(bad[0])})")
         low, high = int(split.y.min()), int(split.y.max())
