@@ -386,7 +386,8 @@ def _print(spec: Claims, judged: Sequence[Mapping[str, Any]], seconds: float) ->
 def _text(stat: Mapping[str, Any]) -> str:
     if stat["mean"] is None:
         return "-"
-    return f"{stat['mean']:.4g}" + (f" ± {stat['sd']:.2g}" if stat["sd"] is not None else "")
+    sd = stat["sd"] or 0.0
+    return f"{stat['mean']:.4g}" + (f" ± {sd:.2g}" if sd > 1e-9 * abs(stat["mean"]) else "")  # less is rounding
 
 
 def _compare(path: Path, judged: Sequence[Mapping[str, Any]]) -> None:
