@@ -151,8 +151,8 @@ class Local:
 
     def spawn(self, name: str, call: list[str], home: Path) -> int:
         """Start a process in a session of its own, with its output in ``logs``, and note it, unless it runs already."""
-        if name in self.running():
-            return self.running()[name]
+        if (there := self.running().get(name)) is not None:
+            return there
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         with (logs / f"{name}.log").open("ab") as log:
@@ -186,6 +186,8 @@ class Local:
         for part in (name, f"{name}-executor"):
             if (pid := self.running().get(part)) is not None:
                 os.killpg(pid, signal.SIGKILL)
+                while alive(pid):
+                    time.sleep(0.01)
 
     def down(self, patience: float = 10.0) -> None:
         """End every process of the deployment, nodes first; those that stay are killed."""

@@ -259,6 +259,7 @@ def report(ours: Ran, theirs: Ran | None, say: Callable[[str], None] = print) ->
     for name, value in ours.final.items():
         other = theirs.final.get(name, float("nan"))
         say(f"{name:<32} {value:>14.8g} {other:>14.8g} {abs(value - other):>12.2g}")
+    say(f"{'messages':<32} {ours.messages:>14} {theirs.messages:>14}")
     say(f"{'seconds, with start-up':<32} {ours.seconds:>14.2f} {theirs.seconds:>14.2f}")
     say(f"{'seconds of rounds':<32} {ours.round_seconds:>14.2f} {theirs.round_seconds:>14.2f}")
     say(f"{'ms a message':<32} {_each(ours):>14.2f} {_each(theirs):>14.2f}")

@@ -24,7 +24,10 @@ def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
 def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
     strategy = FedAdam(
-        eta=settings["optimizer.eta"], tau=settings["optimizer.tau"], min_available_nodes=settings["num-nodes"]
+        eta=settings["optimizer.eta"],
+        tau=settings["optimizer.tau"],
+        min_train_nodes=settings["num-nodes"],
+        min_available_nodes=settings["num-nodes"],
     )
     strategy.start(
         grid,

@@ -11,7 +11,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    strategy = FedAvg(min_available_nodes=context.run_config["num-nodes"])
+    nodes = context.run_config["num-nodes"]  # both: else a round that begins with two nodes there has two
+    strategy = FedAvg(min_train_nodes=nodes, min_available_nodes=nodes)
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(model().state_dict()),

@@ -11,5 +11,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
-    strategy = Krum(num_malicious_nodes=settings["attackers"], min_available_nodes=settings["num-nodes"])
+    nodes = settings["num-nodes"]  # both: else a round that begins with two nodes there has two
+    strategy = Krum(min_train_nodes=nodes, min_available_nodes=nodes, num_malicious_nodes=settings["attackers"])
     strategy.start(grid, ArrayRecord([np.zeros(2)]), num_rounds=settings["num-server-rounds"])
