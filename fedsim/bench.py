@@ -129,7 +129,7 @@ def workloads(data: str) -> dict[str, Workload]:
     remembering = experiment(
         {"model": "mlp", "hidden": [32]}, populated(100), 2, name="hyperfl", epochs=2, hidden=4, embedding=4096
     )
-    remembering["engine"] = {"execution": "batched", "block": 256}
+    remembering["engine"] = {"execution": "batched"}
     resident = ((100, 16), (1000, 16), (10_000, 16), (10_000, 1024))
 
     def sized(mb: float) -> Mapping[str, Any]:
