@@ -105,7 +105,7 @@ def test_ray_has_a_token_and_no_dashboard() -> None:
 
 def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
     final = DOCKERFILE.split("\nFROM ")[-1]
-    assert len(re.findall(r"^FROM ", DOCKERFILE, re.M)) == 2
+    assert len(re.findall(r"^FROM ", DOCKERFILE, re.M)) == 3
     assert (base := re.search(r"^ARG BASE=(python:\d+\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64})$", DOCKERFILE, re.M))
     assert base[1] in SERVICES["certificates"]["build"]["args"]["BASE"]
     assert re.search(r"^USER 10001:10001$", final, re.M)

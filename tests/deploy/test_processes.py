@@ -35,7 +35,7 @@ def test_fedavg_ends_with_the_bits_of_one_process_and_only_loopback_listens(depl
     addresses: set[str] = set()
 
     def look(stop: threading.Event) -> None:
-        while not stop.wait(0.5):
+        while not stop.wait(1.0):
             for pid in deployment.running().values():
                 addresses.update(listening(tree_of(pid)))
 
