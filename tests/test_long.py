@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import experiment
 
 from fedsim.run import build, run
+from runs import experiment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PAGE = os.sysconf("SC_PAGE_SIZE")
