@@ -204,8 +204,7 @@ class _Plan(NamedTuple):
     weight: Tensor
     lengths: list[int]
     alive: list[int]  # at each step: the clients that take it, which are the first ones
-    widths: list[int]  # at each step: examples that it looks at of each of them
-    whole: list[bool]  # at each step: whether all their batches are as large
+    whole: list[bool]  # at each step: whether all their batches are full
 
 
 def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: Tensor) -> _Plan:
@@ -240,18 +239,14 @@ def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: T
                 count[end - 1, k] = n - (of_epoch - 1) * width
     weight = (np.arange(width) < count[:, :, None]).astype(np.float64 if x.dtype == torch.float64 else np.float32)
     alive = [sum(n > s for n in lengths) for s in range(most)]
-    # Poisson batches differ in every step. Others only in a client's last one: that is padded to the full width, alone
-    # or beside others, so that a client's numbers are the same in both cases wherever the layers allow it.
-    drawn = schedule.sampling == "poisson"
-    widths = [max(1, int(count[s, :k].max())) if drawn else width for s, k in enumerate(alive)]
-    whole = [bool((count[s, :k] == widths[s]).all()) for s, k in enumerate(alive)]
+    # Every step has the full width: a client's numbers are then the same alone and in a block, where layers allow it.
+    whole = [bool((count[s, :k] == width).all()) for s, k in enumerate(alive)]
     masks = torch.from_numpy(weight).to(x.device)
     return _Plan(
         torch.from_numpy(at).to(x.device),
         masks.to(x.dtype) if x.is_floating_point() else masks,
         lengths,
         alive,
-        widths,
         whole,
     )
 
@@ -276,8 +271,8 @@ def _in_place(
     for s, still in enumerate(plan.alive):
         if still < alive:
             now, alive = _part(carry, slice(None, still)), still
-        at = plan.at[s, :alive, : plan.widths[s]]
-        weight = None if plan.whole[s] else plan.weight[s, :alive, : plan.widths[s]]
+        at = plan.at[s, :alive]
+        weight = None if plan.whole[s] else plan.weight[s, :alive]
         fused.step(shared, now, Batch(_gather(x, at), _gather(y, at), weight), _draws(local, shared, draws, alive))
     return each(lambda t: t.contiguous(), carry)
 
