@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sockets import LOOPBACK, listening, tree_of
+from sockets import LOOPBACK, listening
 
 from fedsim import certificates, deploy
+from fedsim.benches import proc
 from fedsim.deploy import Local
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.run import run
@@ -37,7 +38,7 @@ def test_fedavg_ends_with_the_bits_of_one_process_and_only_loopback_listens(depl
     def look(stop: threading.Event) -> None:
         while not stop.wait(1.0):
             for pid in deployment.running().values():
-                addresses.update(listening(tree_of(pid)))
+                addresses.update(listening(proc.tree(pid)))
 
     stop = threading.Event()
     watcher = threading.Thread(target=look, args=(stop,))

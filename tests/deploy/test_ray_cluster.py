@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from podman import ROOT, SERVICES
-from sockets import tree_of
 
 from fedsim import config
+from fedsim.benches import proc
 from fedsim.deploy import free_port
 from fedsim.run import run
 
@@ -49,7 +49,7 @@ def cluster() -> Iterator[tuple[dict[str, str], int]]:
                 time.sleep(0.2)
             yield env, head.pid
         finally:
-            children = tree_of(head.pid) - {head.pid}
+            children = set(proc.tree(head.pid)) - {head.pid}
             head.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 head.wait(20)

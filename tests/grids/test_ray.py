@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sockets import LOOPBACK, sockets
 
 from fedsim import config
 from fedsim.benches import proc
@@ -144,27 +145,6 @@ class Pair(NamedTuple):
     b: Any
 
 
-def sockets(root: int) -> set[tuple[str, str]]:
-    """(local, remote) addresses in hex of all internet sockets of a process tree, without ports."""
-    inodes = set()
-    for pid in proc.tree(root):
-        try:
-            for fd in Path(f"/proc/{pid}/fd").iterdir():
-                target = os.readlink(fd)
-                if target.startswith("socket:["):
-                    inodes.add(target[8:-1])
-        except OSError:
-            continue
-    out = set()
-    for table in ("tcp", "tcp6", "udp", "udp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[9] in inodes:
-                out.add((fields[1].partition(":")[0], fields[2].partition(":")[0]))
-    return out
-
-
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 NOBODY = {"00000000", "0" * 32}
 
 
@@ -178,7 +158,8 @@ def test_nothing_beyond_loopback(tmp_path: Path) -> None:
     child = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     seen: set[tuple[str, str]] = set()
     while child.poll() is None:
-        seen |= sockets(child.pid)
+        found = sockets(proc.tree(child.pid), ("tcp", "tcp6", "udp", "udp6"))
+        seen |= {(local, remote) for local, remote, _ in found}
         time.sleep(0.1)
     _, err = child.communicate()
     assert child.returncode == 0, err.decode()
