@@ -21,11 +21,10 @@ class Machine(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Workers in all, each one's share of a GPU and its bytes of memory, and how they are spread."""
+    """Workers in all, each one's share of a GPU, and how they are spread."""
 
     workers: int
     share: float
-    memory: int
     table: list[str]
 
 
@@ -39,7 +38,7 @@ def place(
     gpus = sum(m.gpus for m in machines)
     if asked is not None:
         on = f"{gpus} GPUs" if gpus else f"{sum(m.cores for m in machines)} cores"
-        return Placement(asked, min(1.0, gpus / asked), need, [f"{asked} workers, as asked, on {on}"])
+        return Placement(asked, min(1.0, gpus / asked), [f"{asked} workers, as asked, on {on}"])
     rooms = [min(m.cores, int(m.memory * SPARE) // max(need, 1)) for m in machines]
     share = 0.0
     if gpus:
@@ -54,7 +53,7 @@ def place(
         table.append(
             f"{m.name}: {n} workers ({of}" + (f", {m.gpus} GPUs, {share:.2g} of one a worker)" if gpus else ")")
         )
-    return Placement(sum(rooms), share, need, table)
+    return Placement(sum(rooms), share, table)
 
 
 def fit(gpus: int, memory: int, one: int, cores: int) -> tuple[int, float]:

@@ -180,11 +180,12 @@ class Actor:
         serial: int,
         about: tuple[int, int, Key],
         shared: Any,
-        blocks: list[tuple[int, list[int], dict[int, Any]]],
+        blocks: list[Block],
+        memory: dict[int, Any],
         cohort: int,
         stacked: bool,
     ) -> Any:
-        """Run blocks of a phase, each its first position, its clients and their memories, and fold what they report."""
+        """Run blocks of a phase and fold what they report. ``memory`` is that of the clients that have one."""
         if self._shared[0] != serial:
             self._shared = serial, unpack(shared, self._device)
         round, phase, key = about
@@ -192,7 +193,7 @@ class Actor:
         work = Work(round, phase, local, self._shared[1], key)
         fold: Fold[Any] = Fold(cohort, reduce.merge)
         total = Partial([], {}, (), 0, 0, 0)
-        for start, clients, memory in blocks:
+        for start, clients in blocks:
             mine = [Guest(c, unpack(memory[c], self._device) if c in memory else None) for c in clients]
             part = worker.run(work, self._site.federation, mine, start, cohort, reduce, stacked)
             for node in part.nodes:
@@ -229,13 +230,13 @@ def take(queue: deque[Unit[U]], enough: float) -> list[Unit[U]]:
     while queue and not chunk[0].alone and not queue[0].alone and cost < enough:
         chunk.append(queue.popleft())
         cost += chunk[-1].cost
-    if chunk[0].place is not None and queue:  # the last ones may be any number
-        low = chunk[0].place & -chunk[0].place
-        whole = 1 << (len(chunk).bit_length() - 1)
-        for unit in reversed(chunk[min(whole, low or whole) :]):
-            queue.appendleft(unit)
-        del chunk[min(whole, low or whole) :]
-    return chunk
+    if chunk[0].place is None or not queue:  # the last ones may be any number
+        return chunk
+    whole = 1 << (len(chunk).bit_length() - 1)
+    aligned = chunk[0].place & -chunk[0].place or whole
+    n = min(whole, aligned)
+    queue.extendleft(reversed(chunk[n:]))
+    return chunk[:n]
 
 
 class Answer(NamedTuple, Generic[U]):
@@ -462,13 +463,14 @@ class RayGrid(BlockGrid):
                 torch.cuda.get_device_properties(device).total_memory,
                 max(torch.cuda.max_memory_reserved(device), 1 << 30),
             )
-        found = place(machines(gpus), asked, need(data), *of_gpu)
+        each = need(data)
+        found = place(machines(gpus), asked, each, *of_gpu)
         self._cluster.start(found.workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
         tables = config.dump(experiment)
         tables["engine"] |= {"kind": "inline"}
         world = ray.put(export(federation))
         # Where machines were counted, none gets more than it has room for.
-        room = {"memory": found.memory} if asked is None and not self._cluster.ours else {}
+        room = {"memory": each} if asked is None and not self._cluster.ours else {}
         remote = ray.remote(num_cpus=1, num_gpus=found.share, max_restarts=0, max_task_retries=0, **room)(Actor)
         driver = Driver(os.environ.get("HOME"), list(sys.path))
         self.pool = Pool(
@@ -509,10 +511,10 @@ class RayGrid(BlockGrid):
         self, serial: int, work: Work, shared: Any, cohort: int, stacked: bool, actor: Any, blocks: list[Block]
     ) -> Any:
         # Numbers, and what those who remember remember: a guest for each client would be half of the driver's work.
-        found = {c: self.memory.get(c) for b in blocks for c in b.clients}
-        memory = {c: pack(m) for c, m in found.items() if m is not None}
-        out = [(b.start, b.clients, {c: memory[c] for c in b.clients if c in memory}) for b in blocks]
-        return actor.blocks.remote(serial, (work.round, work.phase, work.key), shared, out, cohort, stacked)
+        found = ((c, self.memory.get(c)) for b in blocks for c in b.clients)
+        memory = {c: pack(m) for c, m in found if m is not None}
+        about = work.round, work.phase, work.key
+        return actor.blocks.remote(serial, about, shared, blocks, memory, cohort, stacked)
 
     def _one_by_one(self, block: Block, send: Callable[[Any, list[Block]], Any]) -> Iterator[Partial]:
         """Run the clients of a block one by one, to find who kills workers; the others count, at their positions."""
