@@ -9,12 +9,19 @@ at random, ``logits = head.weight · mean + head.bias``. With a label a token (t
 with its own head. ``x`` int64 (N, T) are tokens of that model, padded with its padding token; the mask follows from
 them.
 
-``init`` gives the pre-trained weights, and the head from its generator. All of it is trained, ``trainable = "head"``
-makes the rest a constant; adapters (`ffa_lora` and its family) are put on it by the strategy. Parameters are named as
-the model names them, behind ``encoder.`` or ``decoder.``, and ``head.weight``, ``head.bias``. Dropout is off, so that
-clients can run in blocks and a step is a function of its batch. ``precision = "bfloat16"`` is that of the products
-inside the model; parameters, gradients and the head stay float32. Needs the extra [text]; nothing is downloaded, and no
-code out of a model's folder is run.
+``labels`` has a text for each label, in their order, and the head then starts as what the model itself makes of those
+texts: a classifier before any training, and one that says nothing about the data (Radford et al. 2021,
+arXiv:2103.00020, section 3.1.2). Where it is frozen, the logits of a text are ``sharpness`` times its cosines with
+them, up to the length of its state:
+
+    head.weight[c] = sharpness e_c / (|e_c| m),   head.bias = 0,   e_c the state of text c,   m the mean of |e_c|
+
+``init`` gives the pre-trained weights, and a random head from its generator. All of it is trained, and with ``trainable
+= "head"`` the rest is a constant; adapters (`ffa_lora` and its family) are put on it by the strategy. Parameters are
+named as the model names them, behind ``encoder.`` or ``decoder.``, and ``head.weight``, ``head.bias``. Dropout is off,
+so that clients can run in blocks and a step is a function of its batch. ``precision = "bfloat16"`` is that of the
+products inside the model; parameters, gradients and the head stay float32. Needs the extra [text]; nothing is
+downloaded, and no code out of a model's folder is run.
 """
 
 import copy
@@ -23,10 +30,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.config import TaskConfig
 from fedsim.data import pretrained
+from fedsim.data import text as texts
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, DataError
 from fedsim.tasks.module import from_dataset
@@ -40,6 +49,10 @@ class Config(TaskConfig):
     trainable: Literal["all", "head"] = "all"
     attention: Literal["eager", "sdpa"] = "eager"  # as fast on a CPU, and clients can run in blocks
     precision: Literal["float32", "bfloat16"] = "float32"
+    labels: list[str] = Field(default_factory=list, description="a text for each label, which the head starts as")
+    sharpness: float = Field(
+        20.0, gt=0, description="logits for a cosine of 1, with labels (20: as MiniLM was trained)"
+    )
 
 
 class Classifier(nn.Module):
@@ -52,12 +65,16 @@ class Classifier(nn.Module):
         self.backbone = ("encoder", path)  # where an adapter's names begin (fedsim.tasks.adapters.files)
 
     def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.states(x))
+        return logits
+
+    def states(self, x: Tensor) -> Tensor:
+        """(N, T) -> (N, width)."""
         mask = x != self.pad
         dtype = self.head.weight.dtype
         with products(self.precision, x.device):
             states = self.encoder(input_ids=x, attention_mask=_additive(mask, dtype)).last_hidden_state
-        logits: Tensor = self.head(pooled(states.to(dtype), mask, self.pooling))
-        return logits
+        return pooled(states.to(dtype), mask, self.pooling)
 
 
 class Generator(nn.Module):
@@ -140,8 +157,22 @@ def _linear(conv: Any) -> nn.Linear:
     return linear
 
 
+def _from_labels(model: Any, path: Path, config: Config, length: int) -> Tensor:
+    """``head.weight`` (classes, width) of these labels, whose texts are read as far as the data's are."""
+    try:
+        x, pad = texts.tokens(config.labels, str(path), length), pretrained.pad(path)
+    except DataError as e:
+        raise ConfigError(f"task.labels: {e}") from None
+    with torch.no_grad():
+        states = Classifier(model, 1, config, pad, "").states(x)
+    norm = states.norm(dim=1, keepdim=True)
+    head: Tensor = config.sharpness * states / (norm * norm.mean())
+    return head
+
+
 def build(config: Config, dataset: Dataset, population: int) -> Task:
-    """Raises ``ConfigError``: data that are no tokens, more tokens than the model knows, or no model there."""
+    """Raises ``ConfigError``: data that are no tokens, more tokens than the model knows, no model there, or labels that
+    do not fit."""
     x, y = dataset.train.x, dataset.train.y
     if x.ndim != 2 or x.is_floating_point():
         raise ConfigError(f"task.model: 'text' needs tokens (N, T), and {dataset.name} has {x.dtype} {tuple(x.shape)}")
@@ -158,6 +189,10 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
         raise ConfigError(f"data.length: this model reads at most {longest} tokens (got {x.shape[1]})")
     if causal and dataset.classes != known:
         raise ConfigError(f"task.path: this model has {known} tokens, and {dataset.name} has {dataset.classes} labels")
+    if config.labels and (causal or len(config.labels) != dataset.classes):
+        wanted = "no texts for a language model" if causal else f"{dataset.classes} texts, one for each label"
+        raise ConfigError(f"task.labels: {dataset.name} needs {wanted} (got {len(config.labels)})")
+    head = _from_labels(model, path, config, x.shape[1]) if config.labels else None
 
     def make() -> nn.Module:
         own = copy.deepcopy(model)
@@ -166,6 +201,9 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
         whole = Classifier(own, dataset.classes, config, pretrained.pad(path), str(path))
         if config.trainable == "head":
             whole.encoder.requires_grad_(False)
+        if head is not None:
+            whole.head.weight.data.copy_(head)
+            whole.head.bias.data.zero_()
         return whole
 
     return from_dataset(make, config, dataset, population)

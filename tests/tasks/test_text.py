@@ -110,6 +110,44 @@ def test_a_classifier_begins_pretrained_with_a_head_of_its_own(bert: Path) -> No
     assert set(only.init(Key.root(1).torch())) == {"head.weight", "head.bias"}
 
 
+def words(path: Path) -> None:
+    """A tokenizer for that model: the word "t7" is token 7."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    own = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t1"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    own.save(str(path / "tokenizer.json"))
+
+
+def test_a_head_begins_as_the_texts_of_the_labels(bert: Path) -> None:
+    """A text that is a label's own is told with sharpness times its cosine, at the mean length: by hand here."""
+    words(bert)
+    world = texts()
+    t = task(bert, world, labels=["t5 t6", "t7", "t8 t9 t10"], sharpness=10.0)
+    params = t.init(Key.root(1).torch())
+    assert same(params, t.init(Key.root(2).torch()))  # nothing in it is drawn
+    x = torch.zeros(3, T, dtype=torch.int64)
+    x[0, :2], x[1, 0], x[2, :3] = torch.tensor([5, 6]), 7, torch.tensor([8, 9, 10])
+    model = hf.AutoModel.from_pretrained(bert).eval()
+    with torch.no_grad():
+        states = model(input_ids=x, attention_mask=(x != 0).long()).last_hidden_state
+    e = torch.stack([states[0, :2].mean(0), states[1, 0], states[2, :3].mean(0)])
+    cosine = torch.nn.functional.cosine_similarity(e[:, None], e[None], dim=-1)
+    expected = 10.0 * cosine * e.norm(dim=1, keepdim=True) / e.norm(dim=1).mean()
+    torch.testing.assert_close(t.predict(params, x), expected, rtol=1e-5, atol=1e-5)
+    assert t.predict(params, x).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_labels_that_do_not_fit(bert: Path, llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.labels: texts needs 3 texts, one for each label \(got 2\)"):
+        task(bert, texts(), labels=["t1", "t2"])
+    with pytest.raises(ConfigError, match=r"task\.labels: texts needs no texts for a language model"):
+        task(llama, texts(generate=True), labels=["t1"])
+    (bert / "tokenizer.json").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"task.labels: .*has no tokenizer.json"):
+        task(bert, texts(), labels=["t1", "t2", "t3"])
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_padding_says_nothing(bert: Path, pooling: str, attention: str) -> None:
