@@ -4,7 +4,8 @@ Workers are actors that live as long as the run. Each builds the strategy from t
 and closures do not travel. The data set lies in shared memory once a machine. A phase is a few messages a worker, never
 one a client: the broadcast is put once for all, a message names blocks of clients with what these remember, and what
 comes back is the fold of their reports. Long blocks go first, and a worker that is free takes what is left, less at a
-time towards the end. Blocks and the shape of the fold are the config's, so no number depends on any of this.
+time towards the end; how long a block is, is fitted to what messages took. Blocks and the shape of the fold are the
+config's, so no number depends on any of this.
 
 A worker that dies, or does not answer within ``engine.deadline`` seconds, is replaced, and its blocks run again with
 the same numbers. A block whose worker dies every time is taken apart: the client that kills workers is named, and the
@@ -42,12 +43,13 @@ from fedsim.data.dataset import Dataset, Federation, Partition, Split
 from fedsim.data.partition import Lists
 from fedsim.errors import FedsimError
 from fedsim.fold import Fold, Node
+from fedsim.grids.cost import Cost, examples
 from fedsim.grids.flower import error_reply, from_value, identify, to_value
 from fedsim.grids.inline import App, Block, BlockGrid, Site, answer
 from fedsim.grids.place import Machine, here, need, place
 from fedsim.memory import Memory
 from fedsim.rng import Key
-from fedsim.types import Payload, Reducer
+from fedsim.types import Local, Payload, Reducer
 from fedsim.worker import Failure, Partial, reason
 
 QUIET = {
@@ -185,7 +187,9 @@ class Actor:
         cohort: int,
         stacked: bool,
     ) -> Any:
-        """Run blocks of a phase and fold what they report. ``memory`` is that of the clients that have one."""
+        """Run blocks of a phase and fold what they report, with the seconds that it took. ``memory`` is that of the
+        clients that have one."""
+        began = time.perf_counter()
         if self._shared[0] != serial:
             self._shared = serial, unpack(shared, self._device)
         round, phase, key = about
@@ -199,7 +203,7 @@ class Actor:
             for node in part.nodes:
                 fold.add(node)
             total = worker.together(total, part._replace(nodes=[]))
-        return pack(total._replace(nodes=fold.nodes()))
+        return pack(total._replace(nodes=fold.nodes())), time.perf_counter() - began
 
     def messages(self, items: list[tuple[Message, Context]]) -> list[tuple[Message, Any]]:
         """What the ClientApp replies, and each node's new state."""
@@ -478,6 +482,7 @@ class RayGrid(BlockGrid):
         )
         self._serial = 0
         self._suspects: set[int] = set()  # clients that have killed workers before
+        self.costs: dict[int, Cost] = {}  # of each phase
         log.info("clients run in %d workers of Ray", found.workers)
         for line in found.table:
             log.info("  %s", line)
@@ -494,18 +499,22 @@ class RayGrid(BlockGrid):
         dangerous = [b for b in blocks if self._suspects & set(b.clients)]
         harmless = [b for b in blocks if b not in dangerous]
         size = len(blocks[0].clients) if blocks else 1
-        units = [Unit(b, self._cost(b.clients), place=b.start // size) for b in harmless]
+        cost = self.costs.setdefault(work.phase, Cost())
+        sizes = {b.start: self._examples(work.local, b) for b in harmless}
+        units = [Unit(b, cost.of(sizes[b.start], len(b.clients)), place=b.start // size) for b in harmless]
         for done in self.pool.run(units, send):
             if done.died is None:
-                yield unpack(done.result)
+                part, seconds = done.result
+                cost.saw(sum(sizes[b.start] for b in done.units), sum(len(b.clients) for b in done.units), seconds)
+                yield unpack(part)
             else:
                 yield from self._one_by_one(done.units[0], send)
         for block in dangerous:
             yield from self._one_by_one(block, send)
 
-    def _cost(self, clients: Sequence[int]) -> float:
-        """What a block costs, about: its examples, and a step's worth for each client."""
-        return sum(self.federation.size(c, "train") + 10.0 for c in clients)
+    def _examples(self, local: Local, block: Block) -> int:
+        """How many examples the steps of a block's clients go over."""
+        return sum(examples(local, partial(self.federation.size, c)) for c in block.clients)
 
     def _send(
         self, serial: int, work: Work, shared: Any, cohort: int, stacked: bool, actor: Any, blocks: list[Block]
@@ -521,7 +530,7 @@ class RayGrid(BlockGrid):
         units = [Unit(Block(block.start + i, [c]), 1.0, True, DEATHS - 1) for i, c in enumerate(block.clients)]
         for done in self.pool.run(units, send):
             if done.died is None:
-                yield unpack(done.result)
+                yield unpack(done.result[0])
                 continue
             start, (client,) = done.units[0]
             self._suspects.add(client)

@@ -215,6 +215,22 @@ def test_messages_are_single_nodes_of_the_fold(blocks: int, workers: int, random
     assert len(messages) <= 4 * workers * math.log2(blocks + 1) + 1
 
 
+def test_what_messages_took_is_learned(cluster: Any, inline: str) -> None:
+    """A cost for each phase, in seconds, and the same numbers."""
+    from fedsim import tree
+
+    session = build(experiment("engine.kind=ray", "engine.workers=2"))
+    try:
+        state = session.driver.begin()
+        for number in (1, 2):
+            state, _ = session.driver.train(state, number)
+        (cost,) = session.grid.costs.values()  # type: ignore[attr-defined]
+        assert 0 < cost.of(100, 10) < 10  # a guess would say 200
+        assert tree.digest(session.driver.params(state)) == inline
+    finally:
+        session.close()
+
+
 def test_chaos(cluster: Any, inline: str) -> None:
     """A worker is killed as soon as there is one, four times; the numbers stay."""
     from fedsim import tree
