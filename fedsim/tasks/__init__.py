@@ -1,7 +1,8 @@
 """Models as pure functions of their parameters, and what is measured on them.
 
-A task plugin is a module with ``Config`` (a ``TaskConfig``) and ``build(config, dataset, population) -> Task``. A
-user's own model needs neither: ``model = "package.module:function"`` names a function that returns an ``nn.Module``.
+A task plugin is a module with ``Config`` (a ``TaskConfig``, or a ``ModuleConfig`` for an ``nn.Module``) and
+``build(config, dataset, population) -> Task``. A user's own model needs neither: ``model = "package.module:function"``
+names a function that returns an ``nn.Module``.
 """
 
 import inspect
@@ -12,10 +13,9 @@ from typing import Any
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
-from fedsim.tasks.module import from_dataset
+from fedsim.tasks.module import ModuleConfig, from_dataset
 from fedsim.types import Task
 
 
@@ -28,7 +28,7 @@ def plugin(name: str, function: Callable[..., nn.Module]) -> SimpleNamespace:
     if not callable(function):
         raise ConfigError(f"'{name}' must be a function that returns an nn.Module (got {type(function).__name__})")
 
-    class Config(TaskConfig):
+    class Config(ModuleConfig):
         args: dict[str, Any] = Field(default_factory=dict, description="arguments of the function")
 
         @model_validator(mode="after")

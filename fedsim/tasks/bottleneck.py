@@ -15,13 +15,12 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
-from fedsim.tasks.module import Size, features, from_dataset
+from fedsim.tasks.module import ModuleConfig, Size, features, from_dataset
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["bottleneck"] = "bottleneck"
     width: Size = 16
     trainable: Literal["all", "head"] = "all"

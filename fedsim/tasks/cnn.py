@@ -19,14 +19,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
-from fedsim.tasks.module import Size, from_dataset, image
+from fedsim.tasks.module import ModuleConfig, Size, from_dataset, image
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["cnn"] = "cnn"
     channels: Annotated[tuple[Size, Size], Field(strict=False, description="of the two convolutions")] = (32, 64)
     hidden: Size = 512

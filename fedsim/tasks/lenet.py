@@ -15,13 +15,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
-from fedsim.tasks.module import Size, from_dataset, image
+from fedsim.tasks.module import ModuleConfig, Size, from_dataset, image
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["lenet"] = "lenet"
     channels: Size = 12
     spread: float = Field(0.5, gt=0, description="weights and biases start uniform in ±spread")

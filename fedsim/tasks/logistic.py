@@ -9,13 +9,12 @@ from typing import Literal
 
 from torch import nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
-from fedsim.tasks.module import features, from_dataset
+from fedsim.tasks.module import ModuleConfig, features, from_dataset
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["logistic"] = "logistic"
 
 

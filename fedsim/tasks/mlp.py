@@ -14,13 +14,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
-from fedsim.tasks.module import Size, features, from_dataset
+from fedsim.tasks.module import ModuleConfig, Size, features, from_dataset
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["mlp"] = "mlp"
     hidden: Annotated[tuple[Size, ...], Field(strict=False, min_length=1, max_length=16)] = (200, 200)
 

@@ -18,12 +18,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedsim.autodiff import value_and_grad
@@ -34,8 +34,28 @@ from fedsim.lower import Lowered, lower
 from fedsim.rng import Key
 from fedsim.types import Batch, Metrics, Task, Tree
 
+Precision = Literal["float32", "bfloat16"]
 Size = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]  # a width that a config may ask for
 _Slot = tuple[dict[str, Any], str, str]  # a submodule's dictionary of parameters, the key there, the parameter's name
+
+
+class ModuleConfig(TaskConfig):
+    """Base of the ``Config`` of a task that is made from an ``nn.Module``."""
+
+    precision: Precision = Field(
+        "float32", description="of products inside the model; parameters, sums and gradients stay in float32"
+    )
+
+    @model_validator(mode="after")
+    def _of_float32(self) -> Self:
+        if self.precision != "float32" and self.dtype != "float32":
+            raise ValueError(f"precision: {self.precision} is for parameters of float32 (got dtype {self.dtype})")
+        return self
+
+
+def products(precision: Precision, device: torch.device) -> torch.autocast:
+    """Inside, matrix products and convolutions are of this precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @contextmanager
@@ -63,21 +83,28 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
 
 
 def from_module(
-    make: Callable[[], nn.Module], classes: int, population: int, dtype: torch.dtype, example: tuple[Tensor, Tensor]
+    make: Callable[[], nn.Module],
+    classes: int,
+    population: int,
+    dtype: torch.dtype,
+    example: tuple[Tensor, Tensor],
+    precision: Precision = "float32",
 ) -> Task:
     """The task of training the model that ``make`` returns.
 
     ``make`` is called once now and once for each ``init``, under ``seeded``. ``example`` is a batch (x, y) of a few
     examples: x (N, …) -> logits (N, classes) for labels y (N,), or (N, T, classes) for labels (N, T). The model is
     tried on the first of them, so that what cannot work is said before anything runs. float64 parameters are the
-    float32 ones, converted: both dtypes start from the same point.
+    float32 ones, converted: both dtypes start from the same point. ``precision`` bfloat16 is PyTorch's mixed precision:
+    logits, losses, parameters and their gradients have ``dtype``, products are of operands rounded to 8 bits. Models
+    are then not written out for blocks (fedsim/lower.py), whose point is a CPU's cache.
 
     Raises ``ConfigError``: not an ``nn.Module``, no trainable parameter, layers that keep statistics or change their
     buffers, logits of the wrong shape, or any exception of the model's own.
     """
     with seeded(_constants()):
         prototype = _checked(make()).to(dtype)
-    call = _Functional(prototype)
+    call = _Functional(prototype, precision)
     names = call.names
 
     def init(generator: torch.Generator) -> Tree:
@@ -98,7 +125,7 @@ def from_module(
     tiny = Batch(x.to(dtype) if x.is_floating_point() else x, y)
     start = {name: p.detach() for name, p in prototype.named_parameters() if p.requires_grad}
     _try(call, predict, loss, start, tiny, classes)
-    chain = lower(prototype, (tiny.x, tiny.y))
+    chain = lower(prototype, (tiny.x, tiny.y)) if precision == "float32" else None
     unbatchable = None if chain else _unbatchable(loss, start, tiny)  # layers that are known to be stackable
     fast = loss if chain is None else Lowered(loss, chain)
     return Task(init, predict, fast, _Score(predict), classes, population, unbatchable, lambda: make().to(dtype))
@@ -107,7 +134,8 @@ def from_module(
 def from_dataset(make: Callable[[], nn.Module], config: TaskConfig, dataset: Dataset, population: int) -> Task:
     """``from_module`` with the data set's classes and its first training example."""
     first = dataset.train.x[:1], dataset.train.y[:1]
-    return from_module(make, dataset.classes, population, getattr(torch, config.dtype), first)
+    precision = config.precision if isinstance(config, ModuleConfig) else "float32"
+    return from_module(make, dataset.classes, population, getattr(torch, config.dtype), first, precision)
 
 
 def features(dataset: Dataset) -> int:
@@ -177,7 +205,8 @@ class _Functional:
     mode and device. A copy holds constants alone: where parameters belong there are placeholders without memory.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, precision: Precision) -> None:
+        self._precision = precision
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         prototype = copy.deepcopy(module)
         places = {
@@ -206,16 +235,18 @@ class _Functional:
     def __call__(self, params: Tree, x: Tensor, training: bool) -> Tensor:
         if len(params) != len(self.names):
             raise ValueError(f"parameters differ: {sorted(params.keys() ^ set(self.names))}")
-        module, slots = self.bound(next(iter(params.values())).device, training)
+        some = next(iter(params.values()))
+        module, slots = self.bound(some.device, training)
         kept = [parameters[key] for parameters, key, _ in slots]
         try:
             for parameters, key, name in slots:
                 parameters[key] = params[name]
-            logits: Tensor = module(x)
+            with products(self._precision, some.device):
+                logits: Tensor = module(x)
         finally:
             for (parameters, key, _), placeholder in zip(slots, kept, strict=True):
                 parameters[key] = placeholder
-        return logits
+        return logits.to(some.dtype) if self._precision != "float32" else logits
 
 
 def _slots(module: nn.Module) -> list[_Slot]:

@@ -5,14 +5,13 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
-from fedsim.tasks.module import Size, from_dataset
+from fedsim.tasks.module import ModuleConfig, Size, from_dataset
 from fedsim.types import Task
 
 
-class RecurrentConfig(TaskConfig):
+class RecurrentConfig(ModuleConfig):
     """What both have to be told; the defaults are LEAF's."""
 
     embedding: Size = 8

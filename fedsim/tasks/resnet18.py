@@ -15,14 +15,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
-from fedsim.tasks.module import Size, from_dataset, image
+from fedsim.tasks.module import ModuleConfig, Size, from_dataset, image
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["resnet18"] = "resnet18"
     width: Size = 64  # channels of the first stage; each further stage has twice as many
     groups: Size = 2  # of every GroupNorm

@@ -5,15 +5,14 @@ It plays the pre-trained model. Parameters, each with ``.weight`` and ``.bias``:
 
 from typing import Literal
 
-from fedsim.config import TaskConfig
 from fedsim.data import teacher
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
-from fedsim.tasks.module import Size, features, from_dataset
+from fedsim.tasks.module import ModuleConfig, Size, features, from_dataset
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["teacher"] = "teacher"
     hidden: Size = 64  # as in [data]
 

@@ -33,22 +33,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.config import TaskConfig
 from fedsim.data import pretrained
 from fedsim.data import text as texts
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError, DataError
-from fedsim.tasks.module import from_dataset
+from fedsim.tasks.module import ModuleConfig, from_dataset, products
 from fedsim.types import Task
 
 
-class Config(TaskConfig):
+class Config(ModuleConfig):
     model: Literal["text"] = "text"
     path: str = "minilm"
     pooling: Literal["mean", "first", "last"] = "mean"
     trainable: Literal["all", "head"] = "all"
     attention: Literal["eager", "sdpa"] = "eager"  # as fast on a CPU, and clients can run in blocks
-    precision: Literal["float32", "bfloat16"] = "float32"
     labels: list[str] = Field(default_factory=list, description="a text for each label, which the head starts as")
     sharpness: float = Field(
         20.0, gt=0, description="logits for a cosine of 1, with labels (20: as MiniLM was trained)"
@@ -88,11 +86,6 @@ class Generator(nn.Module):
         with products(self.precision, x.device):
             logits: Tensor = self.decoder(input_ids=x, use_cache=False).logits
         return logits.to(next(self.decoder.parameters()).dtype)
-
-
-def products(precision: str, device: torch.device) -> torch.autocast:
-    """Inside, matrix products are of this precision; what they add up to is kept in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,4 +199,5 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
             whole.head.bias.data.zero_()
         return whole
 
-    return from_dataset(make, config, dataset, population)
+    outside = config.model_copy(update={"precision": "float32"})  # of the head: inside, the model sees to it
+    return from_dataset(make, outside, dataset, population)

@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations
 from fedsim import tree
 from fedsim.autodiff import value_and_grad
 from fedsim.errors import ConfigError
+from fedsim.lower import Lowered
+from fedsim.tasks import mlp
 from fedsim.tasks.module import from_module, seeded
 from fedsim.types import Batch, Task
 
@@ -25,6 +27,40 @@ def task(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> T
 
 def generator(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_products_in_bfloat16_and_everything_else_in_float32() -> None:
+    """A product of numbers that need 9 bits: rounded to 8 before it is made, and summed exactly after."""
+    made = from_module(lambda: nn.Linear(4, 3, bias=False), 3, 1, torch.float32, (X, Y), "bfloat16")
+    params = {"weight": torch.zeros(3, 4)}
+    params["weight"][0] = torch.tensor([1 + 2**-8, 1.0, 0.0, 0.0])  # a tie, which goes to the even 1
+    x = torch.tensor([[1.0, 2**-7, 0.0, 0.0]])
+    logits = made.predict(params, x)
+    assert logits.dtype == torch.float32
+    assert logits[0, 0] == 1 + 2**-7 and task(lambda: nn.Linear(4, 3, bias=False)).predict(params, x)[0, 0] > 1.011
+    value, grads = value_and_grad(made.loss)(params, Batch(x, Y[:1]))
+    assert value.dtype == grads["weight"].dtype == torch.float32
+
+
+def test_bfloat16_is_close_and_runs_in_blocks() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    a, b = from_module(make, 3, 1, torch.float32, (X, Y), "bfloat16"), task(make)
+    assert a.unbatchable is None and not isinstance(a.loss, Lowered) and isinstance(b.loss, Lowered)
+    params, batch = a.init(generator()), Batch(X, Y)
+    (_, g), (_, h) = value_and_grad(a.loss)(params, batch), value_and_grad(b.loss)(params, batch)
+    for name in g:
+        assert 0 < (g[name] - h[name]).norm() < 0.1 * h[name].norm()
+    stacked = {name: torch.stack([x, x * 0.5]) for name, x in params.items()}
+    two = torch.vmap(a.loss)(stacked, Batch(torch.stack([X, X]), torch.stack([Y, Y]), torch.ones(2, 6)))
+    one = torch.stack([a.loss({name: x[k] for name, x in stacked.items()}, batch) for k in range(2)])
+    torch.testing.assert_close(two, one, rtol=1e-2, atol=1e-2)
+
+
+def test_bfloat16_is_for_float32() -> None:
+    with pytest.raises(ValueError, match=r"precision: bfloat16 is for parameters of float32 \(got dtype float64\)"):
+        mlp.Config(model="mlp", precision="bfloat16", dtype="float64")
 
 
 def frozen() -> nn.Module:
