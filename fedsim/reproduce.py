@@ -53,6 +53,7 @@ from fedsim.errors import ConfigError, FedsimError, Stopped
 from fedsim.report import embeddings, figures
 
 FREE = ("name", "checkpoint")  # tables of a config that decide no number of a run
+WRITTEN = ("results.json", "expected.toml", "*.svg", "*.md")  # beside claims
 TOLERANCE = 3.0  # --accept writes so many standard deviations, and at least one part in a hundred
 
 
@@ -490,10 +491,21 @@ def _draw(picture: Picture, grids: Mapping[str, Grid], jobs: Sequence[Job]) -> b
 
 
 def commit(folder: Path) -> str:
-    """The commit that is checked out, with "-dirty" where a tracked file differs; "unknown" outside a repository."""
-    command = ["git", "-C", str(folder.resolve()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit that is checked out, with "-dirty" where a tracked file differs; "unknown" outside a repository.
+
+    What reproductions write themselves decides no number: one after another, in a clone, leaves all of them clean.
+    """
+
+    def git(*command: str) -> str:
+        answer = subprocess.run(
+            ["git", "-C", str(folder.resolve()), *command], capture_output=True, text=True, check=True, timeout=30
+        )
+        return answer.stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        head, top = git("rev-parse", "HEAD"), git("rev-parse", "--show-toplevel")
+        written = [f":(top,exclude,glob)**/{name}" for name in WRITTEN]
+        return head + "-dirty" * bool(git("-C", top, "diff", "--name-only", "HEAD", "--", ".", *written))
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

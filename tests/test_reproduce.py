@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,3 +314,27 @@ def test_a_stopped_reproduction_leaves_nobody_behind(paper: Path) -> None:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert not any(json.loads(f.read_text())["status"] == "completed" for f in cache.glob("*/summary.json"))
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_dirty_by_what_decides_numbers(tmp_path: Path) -> None:
+    def git(*command: str) -> None:
+        own = ["-c", "user.name=me", "-c", "user.email=me@here", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *own, *command], check=True, capture_output=True)
+
+    folder = tmp_path / "experiments" / "one"
+    folder.mkdir(parents=True)
+    assert reproduce.commit(tmp_path) == "unknown"
+    for file in ("results.json", "curve.svg", "claims.toml"):
+        (folder / file).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = reproduce.commit(folder)
+    assert len(clean) == 40
+    (folder / "results.json").write_text("2")
+    (folder / "curve.svg").write_text("2")
+    (folder / "untracked.py").write_text("2")
+    assert reproduce.commit(folder) == clean
+    (folder / "claims.toml").write_text("2")
+    assert reproduce.commit(folder) == f"{clean}-dirty"
