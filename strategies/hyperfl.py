@@ -16,7 +16,8 @@ This is not a privacy mechanism, and no guarantee is claimed: one gradient of φ
 (docs/leakage.md). A config with one step or one epoch is refused unless ``allow_single_step`` says so.
 
 Differs from the authors' code: embeddings and classifiers are drawn at the clients (there, all start as one copy of the
-server's), and weights are generated anew before evaluation (there, they are one step old).
+server's, which is ``common_start`` here), and weights are generated anew before evaluation (there, they are one step
+old).
 """
 
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Config(AlternateConfig):
     parametrization: Parametrization = Field("default", description="mip: magnitude-invariant")
     head: Form = Field("dense", description="how the hypernetwork's output layers are factored")
     rank: int = Field(8, ge=1, description="of head 'lowrank'")
+    common_start: bool = Field(False, description="v and the classifier start as one copy, which the server sends")
     allow_single_step: bool = Field(False, description="send a single gradient of φ, which gives θ away")
 
     @model_validator(mode="after")
@@ -58,7 +60,10 @@ class Config(AlternateConfig):
 
 
 class State(NamedTuple):
+    """``start`` is what all clients start from besides; {} where each draws its own."""
+
     phi: Tree
+    start: Tree
 
 
 def build(config: Config, task: Task) -> Strategy[State]:
@@ -70,13 +75,21 @@ def build(config: Config, task: Task) -> Strategy[State]:
     net = hypernet(body, config.embedding, (config.hidden,), config.parametrization, config.head, config.rank)
 
     def init(generator: torch.Generator) -> State:
-        return State(net.init(generator, task.init(generator)))
+        phi = net.init(generator, task.init(generator))
+        return State(phi, draw(generator) if config.common_start else {})
 
-    def remember(shared: Payload, generator: torch.Generator) -> Payload:
+    def draw(generator: torch.Generator) -> Tree:
         own = take(task.init(generator), head)
         like = next(iter(own.values()))
         v = torch.randn(config.embedding, generator=generator, device=generator.device)
-        return {"embed": {"v": v.to(like.dtype)}, "head": own}
+        return {"v": v.to(like.dtype)} | own
+
+    def remember(shared: Payload, generator: torch.Generator) -> Payload:
+        own = shared["start"] if config.common_start else draw(generator)
+        return {"embed": take(own, ["v"]), "head": take(own, head)}
+
+    def broadcast(state: State) -> Payload:
+        return {"hyper": state.phi} | ({"start": state.start} if config.common_start else {})
 
     def start(shared: Payload, memory: Payload) -> Tree:
         return shared["hyper"] | memory["embed"]
@@ -92,12 +105,12 @@ def build(config: Config, task: Task) -> Strategy[State]:
         return Done({"delta": delta}, {"embed": take(c.outer, ["v"]), "head": c.head}, train_metrics(c))
 
     def finish(state: State, mean: Mean) -> State:
-        return State(tree.add(state.phi, mean.value["delta"]))
+        return state._replace(phi=tree.add(state.phi, mean.value["delta"]))
 
     def personal(shared: Payload, memory: Payload) -> Tree:
         own = net.generate(shared["hyper"], memory["embed"]["v"]) | memory["head"]
         return take(own, shapes)
 
     local = alternate.alternate(task, config, start, generate, final, remember, clip)
-    phase = Phase(lambda state: {"hyper": state.phi}, local, weighted_mean(config.weighting), finish)
+    phase = Phase(broadcast, local, weighted_mean(config.weighting), finish)
     return Strategy(init, (phase,), lambda state: state.phi, (frozenset({"delta"}),), personal, is_global=False)

@@ -181,6 +181,19 @@ def test_clients_draw_their_own_embedding_and_head() -> None:
 # --- The server ---------------------------------------------------------------------------------------------------
 
 
+def test_a_common_start_is_the_servers_and_travels_down_alone() -> None:
+    s = strategy(common_start=True)
+    state = begin(s)
+    assert same(state.phi, begin(strategy()).phi) and state.start.keys() == {"v", "fc2.weight", "fc2.bias"}
+    visits = [visit(s, state, client) for client in (0, 1)]
+    for done, before in visits:
+        assert same(before["embed"] | before["head"], state.start)
+        assert done.value.keys() == {"delta"} and done.value["delta"].keys() == state.phi.keys()
+    assert not same(visits[0][0].memory["embed"], visits[1][0].memory["embed"])
+    after, _ = run_round(s, state, 1, list(range(CLIENTS)), grid(WORLD), KEY)
+    assert same(after.start, state.start) and not same(after.phi, state.phi)
+
+
 def test_aggregation_by_size_and_those_who_stay_at_home() -> None:
     s = strategy()
     executor = grid(WORLD)
@@ -299,7 +312,7 @@ def test_hyperfl_by_hand() -> None:
         "embed": {"v": torch.zeros(2, dtype=torch.float64)},
         "head": {"head.b": torch.tensor([1.0], dtype=torch.float64)},
     }
-    done, _ = visit(s, hyperfl.State(phi), 1, memory, LINE)
+    done, _ = visit(s, hyperfl.State(phi, {}), 1, memory, LINE)
     sent = {n: x.flatten().tolist() for n, x in done.value["delta"].items()}
     assert sent["head.body.w.bias"] == [2.875 - 3] and sent["head.body.w.weight"] == [-0.25]
     assert sent["trunk.0.bias"] == [-3 / 16] and sent["trunk.0.weight"] == [0.0, 0.0]
@@ -318,7 +331,7 @@ def test_a_hypernetwork_without_conditioning_is_fedrep() -> None:
         "head": {"head.b": torch.tensor([1.0], dtype=torch.float64)},
     }
     a, _ = visit(rep, begin(rep), 0, {"head": memory["head"]}, LINE)
-    b, _ = visit(hyper, hyperfl.State(phi), 0, memory, LINE)
+    b, _ = visit(hyper, hyperfl.State(phi, {}), 0, memory, LINE)
     assert torch.equal(a.value["delta"]["body.w"], b.value["delta"]["head.body.w.bias"])
     assert same(a.memory["head"], b.memory["head"])
 
