@@ -29,7 +29,7 @@ from flwr.clientapp import ClientApp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedsim import config, files, offline, registry
+from fedsim import config, files, offline, process, registry
 from fedsim.block import Guest, Work
 from fedsim.checkpoint import pack, unpack
 from fedsim.config import Experiment
@@ -211,7 +211,7 @@ def _file(folder: Path, when: tuple[int, int]) -> Path:
 def hello(message: Message, context: Context) -> Message:
     """The answer to a server that asks who is here: the client, its numbers of examples, and what it remembers."""
     offline.prepare()
-    torch.set_num_threads(1)
+    process.prepare()
     experiment = settings(context.run_config)
     mine = federation(experiment, context.node_config)
     client = client_of(context.node_config)
@@ -232,8 +232,7 @@ def app(message: Message, context: Context) -> ClientApp:
     from clients.evaluate import after_training, evaluation
 
     offline.prepare()
-    torch.set_num_threads(1)
-    torch.set_deterministic_debug_mode("warn")
+    process.prepare()
     experiment = settings(context.run_config)
     state = state_folder(context.node_config)
     mine = federation(experiment, context.node_config)

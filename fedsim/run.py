@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import attack, checkpoint, config, data, files, malloc, privacy, record, registry, tree
+from fedsim import attack, checkpoint, config, data, files, privacy, process, record, registry, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -86,7 +86,7 @@ def assemble(
 
     ``secret`` names the draws that privacy rests on; without it there is a new one.
     """
-    _prepare()
+    process.prepare()
     private: Private | None = None
     strategy: Any
     if experiment.privacy:
@@ -122,17 +122,9 @@ def assemble(
     return Session(experiment, federation, task, driver, memory, grid, site, private)
 
 
-def _prepare() -> None:
-    """One thread a process, freed memory kept, and operations with the same bits every time."""
-    torch.set_num_threads(1)
-    malloc.keep()
-    # As torch.use_deterministic_algorithms(True, warn_only=True), which would load all of torch._inductor: 1.5 s.
-    torch.set_deterministic_debug_mode("warn")
-
-
 def site(experiment: Experiment, federation: Federation, secret: Key | None) -> Site:
     """What a worker needs to run the phases of an experiment that another process drives."""
-    _prepare()
+    process.prepare()
     task: Task = registry.build(
         "tasks", experiment.task.model, "task.model", experiment.task, federation.dataset, len(federation)
     )
