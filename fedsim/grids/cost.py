@@ -6,7 +6,7 @@ Until something was measured, a client costs what ten examples do. Measurements 
 model that becomes slower, or a machine that becomes busy, is followed. Numbers of the run do not depend on it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +19,12 @@ TRUST = 4.0  # messages that the guess counts for
 OLD = 0.95  # what a measurement counts for after the next one
 
 
-def examples(local: Local, held: Callable[[str], int]) -> int:
-    """How many examples the steps of a client go over; ``held`` says how many of them it has in a split."""
+def examples(local: Local, held: Callable[[str], Sequence[int]]) -> int:
+    """How many examples the steps of some clients go over; ``held`` says how many each of them has in a split."""
     total = 0
     for s in (each.schedule for each in local.passes):
-        n = held(s.split)
-        total += s.epochs * n if s.steps is None else s.steps * min(s.batch_size, n)
+        sizes = held(s.split)
+        total += s.epochs * sum(sizes) if s.steps is None else s.steps * sum(min(s.batch_size, n) for n in sizes)
     return total
 
 

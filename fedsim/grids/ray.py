@@ -514,7 +514,7 @@ class RayGrid(BlockGrid):
 
     def _examples(self, local: Local, block: Block) -> int:
         """How many examples the steps of a block's clients go over."""
-        return sum(examples(local, partial(self.federation.size, c)) for c in block.clients)
+        return examples(local, lambda split: [self.federation.size(c, split) for c in block.clients])
 
     def _send(
         self, serial: int, work: Work, shared: Any, cohort: int, stacked: bool, actor: Any, blocks: list[Block]

@@ -14,10 +14,11 @@ def local(*schedules: Schedule) -> Local:
 
 
 def test_the_examples_that_steps_go_over() -> None:
-    held = {"train": 30, "holdout": 7}.__getitem__
-    assert examples(local(Schedule(8, epochs=2)), held) == 60
-    assert examples(local(Schedule(8, steps=5), Schedule(64, steps=2)), held) == 40 + 60  # no batch has more than all
-    assert examples(local(Schedule(8, split="holdout")), held) == 7
+    held = {"train": [30, 5], "holdout": [7, 1]}.__getitem__
+    assert examples(local(Schedule(8, epochs=2)), held) == 60 + 10
+    # No batch has more than all that a client holds.
+    assert examples(local(Schedule(8, steps=5), Schedule(64, steps=2)), held) == 40 + 25 + 60 + 10
+    assert examples(local(Schedule(8, split="holdout")), held) == 8
     assert examples(local(), held) == 0
 
 
