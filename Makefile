@@ -73,6 +73,7 @@ reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
 reproduce-hyperfl: $(VENV)/.all  ## HyperFL's and MIP's claims, and what attackers reconstruct, judged
 	$(BIN)/fedsim data get fashion_mnist
 	$(BIN)/fedsim reproduce experiments/hyperfl/claims.toml
+	$(BIN)/fedsim reproduce experiments/hyperfl/common_start/claims.toml
 	for name in cifar10_test efficientnet_lite0 newsgroups minilm; do $(BIN)/fedsim data get $$name || exit 1; done
 	$(BIN)/fedsim reproduce experiments/hyperfl/cifar/claims.toml
 	$(BIN)/fedsim reproduce experiments/hyperfl/lpm/claims.toml
@@ -80,6 +81,7 @@ reproduce-hyperfl: $(VENV)/.all  ## HyperFL's and MIP's claims, and what attacke
 reproduce-hyperfl-quick: $(VENV)/.all  ## the same for two rounds of one seed: does it run?
 	$(BIN)/fedsim data get fashion_mnist
 	$(BIN)/fedsim reproduce experiments/hyperfl/claims.toml --quick
+	$(BIN)/fedsim reproduce experiments/hyperfl/common_start/claims.toml --quick
 	for name in cifar10_test efficientnet_lite0 newsgroups minilm; do $(BIN)/fedsim data get $$name || exit 1; done
 	$(BIN)/fedsim reproduce experiments/hyperfl/cifar/claims.toml --quick
 	$(BIN)/fedsim reproduce experiments/hyperfl/lpm/claims.toml --quick
