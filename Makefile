@@ -47,24 +47,19 @@ reproduce-fzoos: $(VENV)/.core  ## FZooS's claims: quadratics, attacks and metri
 	$(BIN)/fedsim data get heart_disease
 	$(BIN)/fedsim reproduce experiments/fzoos/claims.toml
 
-reproduce-ffa-lora: $(VENV)/.all  ## FFA-LoRA's claims: teacher-student tasks, then MiniLM on fine foods
+reproduce-ffa-lora: $(VENV)/.all  ## FFA-LoRA's claims: teacher-student tasks, then MiniLM on two sets of texts
 	$(BIN)/fedsim reproduce experiments/ffa_lora/claims.toml
-	$(BIN)/fedsim data get minilm
-	$(BIN)/fedsim data get fine_foods
+	for name in minilm fine_foods newsgroups; do $(BIN)/fedsim data get $$name || exit 1; done
 	$(BIN)/fedsim reproduce experiments/ffa_lora/foods/claims.toml
 	$(BIN)/fedsim reproduce experiments/ffa_lora/foods_private/claims.toml
-
-reproduce-ffa-lora-newsgroups: $(VENV)/.all  ## MiniLM on 20 Newsgroups with three splits of the labels
-	$(BIN)/fedsim data get minilm
-	$(BIN)/fedsim data get newsgroups
 	$(BIN)/fedsim reproduce experiments/ffa_lora/newsgroups/claims.toml
 
 reproduce-ffa-lora-quick: $(VENV)/.all  ## the same for a round or two of one seed: does it run?
 	$(BIN)/fedsim reproduce experiments/ffa_lora/claims.toml --quick
-	$(BIN)/fedsim data get minilm
-	$(BIN)/fedsim data get fine_foods
+	for name in minilm fine_foods newsgroups; do $(BIN)/fedsim data get $$name || exit 1; done
 	$(BIN)/fedsim reproduce experiments/ffa_lora/foods/claims.toml --quick
 	$(BIN)/fedsim reproduce experiments/ffa_lora/foods_private/claims.toml --quick
+	$(BIN)/fedsim reproduce experiments/ffa_lora/newsgroups/claims.toml --quick
 
 reproduce-privacy: $(VENV)/.all  ## accuracy against epsilon on MNIST, judged
 	$(BIN)/fedsim data get mnist
@@ -92,4 +87,4 @@ bench: $(VENV)/.all  ## time the engine on this machine
 clean:  ## forget the installation
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick reproduce-ffa-lora-newsgroups help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick reproduce-fzoos
+.PHONY: reproduce-ffa-lora reproduce-ffa-lora-quick help install demo test test-slow check bench clean reproduce-fedhyper reproduce-privacy reproduce-hyperfl reproduce-hyperfl-quick reproduce-fzoos
