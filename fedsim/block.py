@@ -2,7 +2,8 @@
 
 Both ways take the same batches in the same order and the same draws from the same named streams, so they agree to
 rounding. In a block, parameters are stacked along a new first axis, clients are sorted by their number of steps, and
-the block shrinks to the clients that still have work: only the last, partial batch of an epoch is padded.
+the block shrinks to the clients that still have work: only the last, partial batch of an epoch is padded. With a
+recorder (``fedsim.replay``) the block keeps its size, and clients that are done keep their carry.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fedsim import replay
 from fedsim.data.dataset import Federation, Indices
 from fedsim.rng import Key
 from fedsim.tasks.module import seeded
@@ -159,8 +161,10 @@ def batched(work: Work, federation: Federation, guests: Sequence[Guest]) -> list
     return stacked(work, federation, guests).split()
 
 
-def stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> Stack:
-    """The same work for all guests at once, with stacked tensors."""
+def stacked(
+    work: Work, federation: Federation, guests: Sequence[Guest], recorder: replay.Recorder | None = None
+) -> Stack:
+    """The same work for all guests at once, as stacked tensors; with a recorder, steps are played from a recording."""
     local, shared, data = work.local, work.shared, federation.dataset.train
     first, device = _first(local), data.x.device
     given = [federation.size(g.client, first.split) for g in guests]
@@ -180,7 +184,9 @@ def stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> Stac
         plan = _plan(part.schedule, rows, [key.at("batches", p) for key in keys], data.x)
         if any(a < b for a, b in zip(plan.lengths, plan.lengths[1:], strict=False)):
             raise ValueError("passes over splits of different order cannot run in a block")
-        if (fused := lowered(part)) is not None:
+        if recorder is not None and plan.alive:
+            carry = _played(recorder, part, carry, plan, data.x, data.y, local, shared, draws)
+        elif (fused := lowered(part)) is not None:
             carry = _in_place(fused, carry, plan, data.x, data.y, local, shared, draws)
         else:
             carry = _loop(part, carry, plan, data.x, data.y, local, shared, draws)
@@ -307,6 +313,58 @@ def _loop(
     for part in reversed(finished):
         carry = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, carry, part)
     return carry
+
+
+def _played(
+    recorder: replay.Recorder,
+    of: Pass,
+    carry: Any,
+    plan: _Plan,
+    x: Tensor,
+    y: Tensor,
+    local: Local,
+    shared: Payload,
+    draws: list[torch.Generator] | None,
+) -> Any:
+    """Step the block by a recording of one step."""
+    fused, clients = lowered(of), len(plan.lengths)
+    vectorized = torch.vmap(of.step, in_dims=(None, 0, 0, None if draws is None else 0))
+
+    def advance(carry: Any, shared: Payload, at: Tensor, weight: Tensor, working: Tensor, draw: Any) -> Any:
+        batch = Batch(_gather(x, at), _gather(y, at), weight)
+        before = carry
+        if fused is None:
+            after = vectorized(shared, carry, batch, draw)
+        else:
+            before, after = each(torch.clone, carry), carry
+            fused.step(shared, after, batch, draw)
+
+        def keep(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(working.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return pytree.tree_map(lambda a, b: keep(a, b) if isinstance(a, Tensor) else a, after, before)
+
+    working = torch.tensor([[n > s for n in plan.lengths] for s in range(len(plan.alive))], device=x.device)
+    own = fused.own(carry) if fused is not None else carry
+
+    def inputs(s: int) -> tuple[Any, ...]:
+        # Who is done draws no more: streams go on in the next pass.
+        draw = _draws(local, shared, draws, plan.alive[s])
+        filled = each(lambda t: torch.cat([t, t[:1].expand(clients - len(t), *t.shape[1:])]).to(x.device), draw)
+        return plan.at[s], plan.weight[s], working[s], filled
+
+    step = inputs(0)
+    made = replay.recording(recorder, (of.step, x.data_ptr(), y.data_ptr()), advance, (own, shared, *step), x.device)
+    if made is not None:
+        made.put(own, shared)
+    for s in range(len(plan.alive)):
+        now = step if s == 0 else inputs(s)
+        if made is None:
+            own = advance(own, shared, *now)
+        else:
+            made.put(*now, first=2)
+            made.play()
+    return each(lambda t: t.clone(memory_format=torch.contiguous_format), own if made is None else made.carry)
 
 
 def _part(carry: Any, clients: slice) -> Any:

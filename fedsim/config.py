@@ -77,14 +77,20 @@ class EngineConfig(Closed):
         "auto", description="clients one at a time, or a block of them as stacked tensors; auto: whichever is faster"
     )
     block: int = Field(16, ge=1, le=4096, description="clients that a worker runs at once; a power of two")
+    record: bool = Field(
+        False,
+        description="on a GPU: a block's step is recorded once and played again (CUDA graphs); not yet tried on one",
+    )
     paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
     on_error: Literal["raise", "drop"] = Field("raise", description="what a failing client does to the run")
     memory_mb: int = Field(1024, ge=1, description="of clients' memories in this process; the others go to files")
 
     @model_validator(mode="after")
-    def _power_of_two(self) -> "EngineConfig":
+    def _sane(self) -> "EngineConfig":
         if self.block & (self.block - 1):
             raise ValueError(f"block: must be a power of two (got {self.block})")
+        if self.record and self.device == "cpu":
+            raise ValueError("record: is for a GPU: set device")
         return self
 
 

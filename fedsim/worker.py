@@ -15,6 +15,7 @@ from fedsim.block import Guest, Work
 from fedsim.data.dataset import Federation
 from fedsim.errors import where
 from fedsim.fold import Node, leaves, level
+from fedsim.replay import Recorder
 from fedsim.types import Done, Payload, Reducer, Report, Reports
 
 log = logging.getLogger("fedsim")
@@ -58,13 +59,14 @@ def run(
     cohort: int,
     reduce: Reducer[Any, Any],
     batched: bool,
+    recorder: Recorder | None = None,
 ) -> Partial:
     """Run the clients at positions ``start …`` of a cohort, and fold their reports.
 
     A block that does not fit a GPU's memory is run as two.
     """
     try:
-        block_of = _stacked(work, federation, guests) if batched and work.local.unbatchable is None else None
+        block_of = _stacked(work, federation, guests, recorder) if batched and work.local.unbatchable is None else None
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         half = 1 << ((len(guests) - 1).bit_length() - 1)  # a node of the fold again
@@ -72,7 +74,7 @@ def run(
             f"blocks of {len(guests)} clients do not fit the GPU's memory: engine.block = {half} spares the attempt"
         )
         parts = ((guests[:half], start), (guests[half:], start + half))
-        return together(*(run(work, federation, mine, at, cohort, reduce, batched) for mine, at in parts))
+        return together(*(run(work, federation, mine, at, cohort, reduce, batched, recorder) for mine, at in parts))
     if block_of is None:
         results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests)
     else:
@@ -116,13 +118,15 @@ def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Cal
     return Partial([node._replace(value=value)], memory, (), len(clients), sum(of.examples), tree.nbytes(done.value))
 
 
-def _stacked(work: Work, federation: Federation, guests: Sequence[Guest]) -> block.Stack | None:
+def _stacked(
+    work: Work, federation: Federation, guests: Sequence[Guest], recorder: Recorder | None = None
+) -> block.Stack | None:
     """The block's work at once, or None where it fails: it fails as a whole, and one by one the client to blame has a
     name."""
     if len(guests) < 2 and not all(block.lowered(each) for each in work.local.passes):
         return None
     try:
-        return block.stacked(work, federation, guests)
+        return block.stacked(work, federation, guests, recorder)
     except Exception as e:
         if isinstance(e, torch.OutOfMemoryError) and len(guests) > 1:
             raise

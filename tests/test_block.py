@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsim import block
 from fedsim.block import Guest, Work, batches
+from fedsim.replay import Again
 from fedsim.rng import Key
 from fedsim.types import Batch, Done, Local, Pass, Payload, Schedule, Visit
 
@@ -137,6 +138,10 @@ def test_a_block_sees_what_each_client_sees(schedules: tuple[Schedule, ...]) -> 
     for group in ([4, 0, 2], [7, 6, 5, 3, 1], [3]):
         some = flat(block.batched(work, WORLD, [guests[i] for i in group]))
         assert some == [pytest.approx(single[i], rel=1e-15) for i in group]
+    # By a recorded step too, and by the same one for other clients.
+    for _ in range(2):
+        played = flat(block.stacked(work, WORLD, guests, Again()).split())
+        assert played == [pytest.approx(a, rel=1e-15) for a in single]
 
 
 def test_everything_is_seen_once_an_epoch() -> None:
@@ -177,3 +182,14 @@ def test_a_clients_nan_is_its_own() -> None:
     assert [np.isnan(r["total"]) for r in results] == [True] + [False] * (len(SIZES) - 1)
     sound = flat(block.batched(work, WORLD, [Guest(c, None) for c in range(len(SIZES))]))
     assert results[1:] == sound[1:]
+
+
+def test_without_a_recording_a_block_runs_all_the_same() -> None:
+    class Broken:
+        def record(self, run: Any) -> Any:
+            raise RuntimeError("no")
+
+    work = Work(3, 0, recorder(Schedule(3, epochs=2), Schedule(5)), SHARED, KEY)
+    guests = [Guest(c, None) for c in range(len(SIZES))]
+    expected = flat(block.batched(work, WORLD, guests))
+    assert flat(block.stacked(work, WORLD, guests, Broken()).split()) == [pytest.approx(a, rel=1e-15) for a in expected]

@@ -16,9 +16,11 @@ from fedsim.block import Guest, Work
 from fedsim.config import EngineConfig
 from fedsim.data.dataset import Dataset, Federation, Split
 from fedsim.data.partition import Lists
-from fedsim.grids.inline import InlineGrid, way
+from fedsim.grids import inline
+from fedsim.grids.inline import InlineGrid, Way, way
 from fedsim.lower import lower
 from fedsim.memory import Memory
+from fedsim.replay import Again
 from fedsim.rng import Key
 from fedsim.tasks.module import from_module
 from fedsim.types import Batch, Pass, Payload, Reports, Task, Tree
@@ -280,24 +282,29 @@ STRATEGIES: dict[str, Any] = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("which", STRATEGIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
-def test_blocks_agree_with_one_by_one(name: str, which: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_blocks_agree_with_one_by_one(
+    name: str, which: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether their steps are taken from Python or from a recording."""
     clients, task = federation(name, dtype)
     module, more = STRATEGIES[which]
     config = module.Config(**({"lr": 0.1, "epochs": 2, "batch_size": 4} | more))
     strategy = module.build(config, task)
     assert block.lowered(strategy.phases[0].local.passes[0])
     results = []
-    for execution, size in (("plain", 8), ("batched", 4)):
+    for how in (Way(8, False), Way(4, True), Way(4, True, Again())):
         memory = Memory()
-        grid = InlineGrid(clients, EngineConfig(execution=execution, block=size), memory)  # type: ignore[arg-type]
+        grid = InlineGrid(clients, EngineConfig(), memory)
+        monkeypatch.setattr(inline, "way", lambda *_, how=how: how)
         state = strategy.init(Key.root(0).torch())
         for number in (1, 2, 3):
             state, trained = run_round(strategy, state, number, list(range(len(SIZES))), grid, Key.root(0))
         results.append((strategy.params(state), [memory.get(c) for c in range(len(SIZES))], trained))
-    (w, remembered, plain), (fast_w, fast_remembered, fast) = results
-    torch.testing.assert_close(fast_w, w, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(fast_remembered, remembered, rtol=tolerance * 10, atol=tolerance * 10)
-    assert fast.metrics == pytest.approx(plain.metrics, rel=1e-5) and fast[1:] == plain[1:]
+    (w, remembered, plain), *others = results
+    for fast_w, fast_remembered, fast in others:
+        torch.testing.assert_close(fast_w, w, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(fast_remembered, remembered, rtol=tolerance * 10, atol=tolerance * 10)
+        assert fast.metrics == pytest.approx(plain.metrics, rel=1e-5) and fast[1:] == plain[1:]
 
 
 def test_auto_picks_blocks_where_every_step_is_written_out() -> None:

@@ -159,11 +159,11 @@ def test_a_block_that_does_not_fit_is_run_as_two(monkeypatch: pytest.MonkeyPatch
     """As a GPU would say it: no memory for more than two clients, in a block of five."""
     stacked, sizes = block.stacked, []
 
-    def small(work: Work, federation: Any, guests: Any) -> Any:
+    def small(work: Work, federation: Any, guests: Any, recorder: Any) -> Any:
         sizes.append(len(guests))
         if len(guests) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stacked(work, federation, guests)
+        return stacked(work, federation, guests, recorder)
 
     whole = go(summing(unbatchable=None), weighted_mean(), batched=True)
     monkeypatch.setattr(block, "stacked", small)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from flwr.app import Context, Message
 
-from fedsim import tree, worker
+from fedsim import replay, tree, worker
 from fedsim.block import Guest, Work, lowered
 from fedsim.config import EngineConfig
 from fedsim.data.dataset import Federation, Split
@@ -54,10 +54,11 @@ def canonical(cohort: Sequence[int], federation: Federation, split: str = "train
 
 
 class Way(NamedTuple):
-    """How the clients of a phase run: in blocks of ``size``, as stacked tensors or one by one."""
+    """How the clients of a phase run: in blocks of ``size``, stacked or one by one, by recorded steps or not."""
 
     size: int
     stacked: bool
+    recorder: replay.Recorder | None = None
 
 
 def way(engine: EngineConfig, data: Split, local: Local) -> Way:
@@ -77,8 +78,9 @@ def way(engine: EngineConfig, data: Split, local: Local) -> Way:
         say(f"clients run one by one: {local.unbatchable}")
         return one_by_one
     if device != "cpu" or engine.execution == "batched":
-        say(f"clients run in blocks of {engine.block} on {device}")
-        return Way(engine.block, True)
+        recorder = replay.Cuda() if engine.record and device == "cuda" else None
+        say(f"clients run in blocks of {engine.block} on {device}{', by recorded steps' if recorder else ''}")
+        return Way(engine.block, True, recorder)
     fused = [lowered(each) for each in local.passes]
     if not fused or None in fused or data.x.dtype == torch.float64:
         say("clients run one by one where a step is not written out for a block: on a CPU that is faster")
@@ -119,7 +121,7 @@ class BlockGrid(MessageGrid):
 
     @abstractmethod
     def parts(
-        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], stacked: bool
+        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], how: Way
     ) -> Iterator[worker.Partial]:
         """The answers to all blocks, in any order and grouping."""
 
@@ -129,12 +131,12 @@ class BlockGrid(MessageGrid):
     def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
         schedule = work.local.passes[0].schedule if work.local.passes else None
         clients = canonical(cohort, self.federation, schedule.split if schedule else "train")
-        (size, stacked), n = way(self.engine, self.federation.dataset.train, work.local), len(clients)
-        blocks = [Block(start, clients[start : start + size]) for start in range(0, n, size)]
+        how, n = way(self.engine, self.federation.dataset.train, work.local), len(clients)
+        blocks = [Block(start, clients[start : start + how.size]) for start in range(0, n, how.size)]
         fold: Fold[Any] = Fold(n, reduce.merge)
         done: list[worker.Partial] = []
         with self.memory.together() as remember:  # a round that fails leaves no client with a memory of it
-            for part in self.parts(work, blocks, n, reduce, stacked):
+            for part in self.parts(work, blocks, n, reduce, how):
                 check(part.failures, self.engine, work)
                 for node in part.nodes:
                     fold.add(node)
@@ -166,12 +168,12 @@ class InlineGrid(BlockGrid):
         self._order = order or (lambda starts: starts)
 
     def parts(
-        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], stacked: bool
+        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], how: Way
     ) -> Iterator[worker.Partial]:
         by_start = {b.start: b for b in blocks}
         for start in self._order(list(by_start)):
             guests = [Guest(c, self.memory.get(c)) for c in by_start[start].clients]
-            yield worker.run(work, self.federation, guests, start, cohort, reduce, stacked)
+            yield worker.run(work, self.federation, guests, start, cohort, reduce, how.stacked, how.recorder)
 
     def execute(self, messages: list[Message]) -> list[Message]:
         replies = []

@@ -45,7 +45,7 @@ from fedsim.errors import FedsimError
 from fedsim.fold import Fold, Node
 from fedsim.grids.cost import Cost, examples
 from fedsim.grids.flower import error_reply, from_value, identify, to_value
-from fedsim.grids.inline import App, Block, BlockGrid, Site, answer
+from fedsim.grids.inline import App, Block, BlockGrid, Site, Way, answer
 from fedsim.grids.place import Machine, here, need, place
 from fedsim.memory import Memory
 from fedsim.rng import Key
@@ -185,7 +185,7 @@ class Actor:
         blocks: list[Block],
         memory: dict[int, Any],
         cohort: int,
-        stacked: bool,
+        how: Way,
     ) -> Any:
         """Run blocks of a phase and fold what they report, with the seconds that it took. ``memory`` is that of the
         clients that have one."""
@@ -199,7 +199,7 @@ class Actor:
         total = Partial([], {}, (), 0, 0, 0)
         for start, clients in blocks:
             mine = [Guest(c, unpack(memory[c], self._device) if c in memory else None) for c in clients]
-            part = worker.run(work, self._site.federation, mine, start, cohort, reduce, stacked)
+            part = worker.run(work, self._site.federation, mine, start, cohort, reduce, how.stacked, how.recorder)
             for node in part.nodes:
                 fold.add(node)
             total = worker.together(total, part._replace(nodes=[]))
@@ -492,10 +492,10 @@ class RayGrid(BlockGrid):
         self._cluster.close()
 
     def parts(
-        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], stacked: bool
+        self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], how: Way
     ) -> Iterator[Partial]:
         self._serial += 1
-        send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, stacked)
+        send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, how)
         dangerous = [b for b in blocks if self._suspects & set(b.clients)]
         harmless = [b for b in blocks if b not in dangerous]
         size = len(blocks[0].clients) if blocks else 1
@@ -517,13 +517,13 @@ class RayGrid(BlockGrid):
         return examples(local, lambda split: [self.federation.size(c, split) for c in block.clients])
 
     def _send(
-        self, serial: int, work: Work, shared: Any, cohort: int, stacked: bool, actor: Any, blocks: list[Block]
+        self, serial: int, work: Work, shared: Any, cohort: int, how: Way, actor: Any, blocks: list[Block]
     ) -> Any:
         # Numbers, and what those who remember remember: a guest for each client would be half of the driver's work.
         found = ((c, self.memory.get(c)) for b in blocks for c in b.clients)
         memory = {c: pack(m) for c, m in found if m is not None}
         about = work.round, work.phase, work.key
-        return actor.blocks.remote(serial, about, shared, blocks, memory, cohort, stacked)
+        return actor.blocks.remote(serial, about, shared, blocks, memory, cohort, how)
 
     def _one_by_one(self, block: Block, send: Callable[[Any, list[Block]], Any]) -> Iterator[Partial]:
         """Run the clients of a block one by one, to find who kills workers; the others count, at their positions."""
