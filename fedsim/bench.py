@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fedsim import files
-from fedsim.benches import lora, proc
+from fedsim.benches import gpu, lora, proc
 from fedsim.errors import ConfigError, FedsimError, did_you_mean
 
 HERE = Path(__file__).parent / "benches"
@@ -45,6 +45,7 @@ class Workload(NamedTuple):
     arms: tuple[Arm, ...]
     peers: tuple[str, ...] = ()
     reference: str = ""  # the arm that ratios are taken over; the first one where there is none
+    clock: Literal["cpu", "wall"] = "cpu"  # of which seconds
 
 
 class Figures(NamedTuple):
@@ -221,7 +222,10 @@ def workloads(data: str) -> dict[str, Workload]:
             "scikit-learn",
         )
     )
-    found += [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in lora.specs()]
+    w1 = dict(found[0].experiment)
+    of_cpu = [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in lora.specs()]
+    of_gpu = [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in gpu.specs(w1)]
+    found += [*of_cpu, *(w._replace(clock="wall") for w in of_gpu)]
     return {w.name: w for w in found}
 
 
@@ -372,18 +376,22 @@ def summary(workload: Workload, runs: Sequence[Figures]) -> list[dict[str, Any]]
     names = list(dict.fromkeys(f.arm for f in runs))
     by = {name: [f for f in runs if f.arm == name] for name in names}
     reference = workload.reference if workload.reference in by else names[0]
-    base = median(by[reference], lambda f: f.cpu_round)
+
+    def seconds(f: Figures) -> float:
+        return f.cpu_round if workload.clock == "cpu" else f.wall_round
+
+    base = median(by[reference], seconds)
     rows = []
     for name in names:
         mine = by[name]
-        cpu = median(mine, lambda f: f.cpu_round)
+        cpu, taken = median(mine, lambda f: f.cpu_round), median(mine, seconds)
         accuracies = [f.accuracy for f in mine if f.accuracy is not None]
         rows.append(
             {
                 "arm": name,
                 "cpu_seconds_a_round": cpu,
                 "range": [min(f.cpu_round for f in mine), max(f.cpu_round for f in mine)],
-                "faster_than_reference": base / cpu if cpu else None,
+                "faster_than_reference": base / taken if taken else None,
                 "wall_seconds_a_round": median(mine, lambda f: f.wall_round),
                 "start_to_round_1_seconds": median(mine, lambda f: f.start_seconds),
                 "peak_mb": median(mine, lambda f: f.peak_mb),
@@ -397,10 +405,10 @@ def summary(workload: Workload, runs: Sequence[Figures]) -> list[dict[str, Any]]
 def table(workload: Workload, runs: Sequence[Figures]) -> str:
     """The medians as a Markdown table."""
     rows = summary(workload, runs)
-    reference = workload.reference or rows[0]["arm"]
+    reference, by = workload.reference or rows[0]["arm"], "" if workload.clock == "cpu" else " (wall)"
     out = [
         f"\n### {workload.title}\n",
-        f"| | CPU s a round (range) | × {reference} | wall s a round | start to round 1, s | peak MB | accuracy |",
+        f"| | CPU s a round (range) | × {reference}{by} | wall s a round | start to round 1, s | peak MB | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -427,7 +435,16 @@ def write(workload: Workload, runs: Sequence[Figures], data: str, out: Path) -> 
         ),
         platform.processor(),
     )
-    machine = {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": version("torch")}
+    machine: dict[str, Any] = {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+    if workload.clock == "wall":
+        import torch
+
+        machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
         "name": workload.name,
         "title": workload.title,

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import bench
+from fedsim import bench, config
 from fedsim.bench import Arm, Edit, Figures, Workload
-from fedsim.benches import proc
+from fedsim.benches import gpu, proc
 from fedsim.errors import ConfigError, FedsimError
+from runs import has_gpu
 
 BURN = "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\n"
 
@@ -48,6 +49,31 @@ def test_medians_and_ratios() -> None:
     assert first["faster_than_reference"] == 1.0  # without a reference, the first arm is one
     text = bench.table(workload(reference="b"), runs)
     assert "| a | 2.0000 (1.0000–9.0000) | 2.00 | 1.0000 | 5.0 | 100 | 0.500 |" in text
+
+
+def test_what_waits_for_a_gpu_is_compared_by_wall_time() -> None:
+    runs = [Figures("a", 1.0, 6.0, 5.0, 100.0, 0.5), Figures("b", 1.5, 2.0, 5.0, 100.0, 0.5)]
+    of = workload()._replace(clock="wall")
+    assert [row["faster_than_reference"] for row in bench.summary(of, runs)] == [1.0, 3.0]
+    assert "× a (wall) |" in bench.table(of, runs)
+
+
+def test_what_a_gpu_would_run_is_a_config() -> None:
+    """The arms of a GPU, on a CPU; whether they are fast is not asked."""
+    w1 = dict(bench.workloads("mnist_small")["w1"].experiment)
+    assert not gpu.specs(w1) or has_gpu()
+    for spec in gpu.specs(w1, device="cpu"):
+        for _, overrides in spec.arms:
+            assert config.parse(config.override(spec.experiment, overrides)).engine.device == "cpu"
+    w1["data"] = {"name": "digits", "partition": {"name": "iid", "clients": 8}}
+    w1 |= {"rounds": 2, "task": {"model": "cnn", "channels": [2, 2], "hidden": 4}}
+    w1["strategy"] = w1["strategy"] | {"cohort": 8}
+    accuracies = set()
+    for name, overrides in gpu.specs(w1, device="cpu")[0].arms:
+        if "workers" not in name:
+            runs = bench.measure(Workload("gpu_w1", "", w1, (Arm(name, overrides),)), 1, {})
+            accuracies.add(round(runs[0].accuracy or 0, 1))
+    assert len(accuracies) == 1
 
 
 def test_what_is_unknown_is_named() -> None:

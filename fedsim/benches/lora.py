@@ -12,14 +12,14 @@ class Spec(NamedTuple):
     arms: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def specs() -> list[Spec]:
-    """Nothing where the model or the texts were not fetched."""
+def texts() -> dict[str, Any] | None:
+    """The experiment; None where the model or the texts were not fetched."""
     from fedsim.data import fetch
 
     here = fetch.available()
     if not here["minilm"] or not here["fine_foods"]:
-        return []
-    experiment = {
+        return None
+    return {
         "name": "bench",
         "seed": 1,
         "rounds": 3,
@@ -28,6 +28,13 @@ def specs() -> list[Spec]:
         "strategy": {"name": "ffa_lora", "lr": 1.0, "cohort": 16, "steps": 2, "batch_size": 2},
         "evaluate": {"every": 3},
     }
+
+
+def specs() -> list[Spec]:
+    """Nothing where the model or the texts were not fetched."""
+    experiment = texts()
+    if experiment is None:
+        return []
     batched = "engine.execution=batched"
     arms: list[tuple[str, tuple[str, ...]]] = []
     for batch in (2, 8):
