@@ -1,6 +1,7 @@
 """How a process that computes is set up: in a run, in a worker, in a deployed node."""
 
 import ctypes
+import os
 from functools import cache
 
 import torch
@@ -14,6 +15,7 @@ def prepare() -> None:
     """One thread, freed memory kept, and operations with the same bits every time."""
     torch.set_num_threads(1)
     keep()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may sum in another order each time
     # As torch.use_deterministic_algorithms(True, warn_only=True), which would load all of torch._inductor: 1.5 s.
     torch.set_deterministic_debug_mode("warn")
 
