@@ -1,9 +1,12 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 AT_ONCE = 16  # files on their way to the disk
 
@@ -11,6 +14,7 @@ AT_ONCE = 16  # files on their way to the disk
 def write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace a file in one step: it holds the old bytes or the new ones, never a part, also after a power cut.
 
+    For a file with one writer (``contribute`` is for others): what a killed one leaves, the next one writes over.
     ``mode`` holds for a file that is new; a link that stands where the temporary file goes is not followed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
@@ -24,6 +28,22 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+@contextmanager
+def contribute(path: Path) -> Iterator[IO[bytes]]:
+    """A file that any of several processes may make at once: each writes its own, and the last one to finish stays."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix, delete=False) as f:
+        try:
+            yield f
+            f.flush()
+            os.fchmod(f.fileno(), 0o644)
+            os.fsync(f.fileno())
+            os.replace(f.name, path)
+        except BaseException:
+            Path(f.name).unlink(missing_ok=True)
+            raise
     sync(path.parent)
 
 

@@ -17,7 +17,6 @@ is averaged. `minilm` (extra [text]), D = 384: tokens (N, T) of its tokenizer, t
 """
 
 import hashlib
-import os
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedsim import registry
+from fedsim import files, registry
 from fedsim.config import DatasetConfig, check, config_of
 from fedsim.data import fetch, pretrained
 from fedsim.data.dataset import Dataset, Split, validate
@@ -96,9 +95,8 @@ def _kept(config: Config, x: Tensor, name: str) -> Tensor:
     with torch.no_grad():
         z = torch.cat([backbone(part) for part in torch.split(x, BATCH)])
     try:
-        with tempfile.NamedTemporaryFile(dir=fetch.folder(), prefix=".fetch-", delete=False) as file:
+        with files.contribute(path) as file:
             np.save(file, z.numpy())
-        os.replace(file.name, path)
     except OSError as e:
         raise DataError(f"data.of: {fetch.folder()} cannot be written: {e.strerror or e}") from None
     return z

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedsim import files
 from fedsim.errors import DataError, did_you_mean
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -301,16 +302,8 @@ def _convert(name: str, source: Source) -> Path:
     archive, ready = folder() / source.file, _converted(name, source)
     _verify(name, source, archive)
     arrays: Arrays = importlib.import_module(source.module).convert(archive)
-    with tempfile.NamedTemporaryFile(dir=folder(), prefix=".fetch-", suffix=".npz", delete=False) as f:
-        try:
-            np.savez(f, allow_pickle=False, **arrays)
-            f.flush()
-            os.fsync(f.fileno())
-            os.replace(f.name, ready)
-        except BaseException:
-            Path(f.name).unlink(missing_ok=True)
-            raise
-    ready.chmod(0o644)
+    with files.contribute(ready) as f:
+        np.savez(f, allow_pickle=False, **arrays)
     return ready
 
 

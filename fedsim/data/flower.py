@@ -76,12 +76,11 @@ def _kept(cls: str, arguments: Mapping[str, Any], column: Column, key: Key) -> l
             return list(np.split(found["rows"], found["cuts"]))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         clients = _drawn(cls, arguments, column, key)
-    data = io.BytesIO()
     cuts = np.cumsum([len(c) for c in clients[:-1]], dtype=np.int64)
-    np.savez_compressed(data, rows=np.concatenate(clients), cuts=cuts)
     with contextlib.suppress(OSError):  # a machine that does not let us write draws again
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write(file, data.getvalue())
+        with files.contribute(file) as made:
+            np.savez_compressed(made, rows=np.concatenate(clients), cuts=cuts)
         for old in sorted(file.parent.glob("*.npz"), key=os.path.getmtime)[:-KEPT]:
             old.unlink()
     return clients

@@ -1,0 +1,42 @@
+"""Files that several may write, and that are whole all the same."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from fedsim import files
+
+
+def test_several_contribute_one_file(tmp_path: Path) -> None:
+    """The two write in turns, into files of their own; whoever looks meanwhile sees nothing or all of one of them."""
+    path, turn, seen = tmp_path / "made.npz", [threading.Semaphore(1), threading.Semaphore(0)], []
+
+    def make(me: int) -> None:
+        with files.contribute(path) as f:
+            for _ in range(100):
+                turn[me].acquire()
+                f.write(str(me).encode() * 100)
+                f.flush()
+                seen.append(path.read_bytes() if path.exists() else b"")
+                turn[1 - me].release()
+
+    threads = [threading.Thread(target=make, args=(me,)) for me in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(seen) == 200 and set(seen) <= {b"", b"0" * 10_000}
+    assert path.read_bytes() in (b"0" * 10_000, b"1" * 10_000)
+    assert [p.name for p in tmp_path.iterdir()] == ["made.npz"] and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_contribution_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with files.contribute(tmp_path / "made.npz") as f:
+            f.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
