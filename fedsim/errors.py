@@ -15,13 +15,16 @@ class FedsimError(Exception):
 
 
 class ConfigError(FedsimError):
-    """Bad input. Carries every problem found, since fixing them one by one wastes a person's time."""
+    """Bad input. Carries every problem found, since fixing them one by one wastes a person's time.
+
+    A problem is one line, whatever stood in the input: what cannot be printed is escaped.
+    """
 
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(_printable(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 class DataError(ConfigError):
@@ -50,6 +53,10 @@ class Stopped(FedsimError):
     def __init__(self, message: str, cause: KeyboardInterrupt) -> None:
         self.exit_code = 143 if isinstance(cause, Terminated) else 130
         super().__init__(message)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

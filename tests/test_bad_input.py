@@ -353,6 +353,12 @@ def test_any_value_anywhere(changes: list[tuple[tuple[str, ...], Any, bool]]) ->
         assert "\n" not in problem and re.match(r"\S.*: ", problem), problem
 
 
+def test_a_problem_is_one_line_that_can_be_printed() -> None:
+    e = ConfigError("task.model: '\n\x1b[2J' not found", "größer als α: 平均")
+    assert e.problems == ("task.model: '\\n\\x1b[2J' not found", "größer als α: 平均")
+    assert str(e) == "\n".join(e.problems)
+
+
 def _typo(word: str, rng: random.Random) -> str:
     i, letter = rng.randrange(len(word)), rng.choice(string.ascii_lowercase)
     return rng.choice(

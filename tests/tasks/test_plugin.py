@@ -28,7 +28,8 @@ def test_arguments_reach_the_function() -> None:
         "3.bias": (10,),
     }
     assert params["1.weight"].dtype == torch.float64 and task.population == 7 and task.unbatchable is None
-    assert config.model_dump() == {"model": NAME, "dtype": "float64", "args": {"hidden": 3, "bias": False}}
+    args = {"hidden": 3, "bias": False}
+    assert config.model_dump() == {"model": NAME, "dtype": "float64", "precision": "float32", "args": args}
 
 
 @pytest.mark.parametrize(
