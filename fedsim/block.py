@@ -184,12 +184,13 @@ def stacked(
         plan = _plan(part.schedule, rows, [key.at("batches", p) for key in keys], data.x)
         if any(a < b for a, b in zip(plan.lengths, plan.lengths[1:], strict=False)):
             raise ValueError("passes over splits of different order cannot run in a block")
+        course = _Course(plan, data.x, data.y, local, shared, draws)
         if recorder is not None and plan.alive:
-            carry = _played(recorder, part, carry, plan, data.x, data.y, local, shared, draws)
+            carry = _played(recorder, part, carry, course)
         elif (fused := lowered(part)) is not None:
-            carry = _in_place(fused, carry, plan, data.x, data.y, local, shared, draws)
+            carry = _in_place(fused, carry, course)
         else:
-            carry = _loop(part, carry, plan, data.x, data.y, local, shared, draws)
+            carry = _loop(part, carry, course)
 
     done: Done = torch.vmap(lambda c: local.final(shared, c))(carry)
     if order != list(range(len(order))):
@@ -261,45 +262,43 @@ def _gather(x: Tensor, at: Tensor) -> Tensor:
     return x.index_select(0, at.reshape(-1)).view(*at.shape, *x.shape[1:])
 
 
-def _in_place(
-    fused: Fused,
-    carry: Any,
-    plan: _Plan,
-    x: Tensor,
-    y: Tensor,
-    local: Local,
-    shared: Payload,
-    draws: list[torch.Generator] | None,
-) -> Any:
+class _Course(NamedTuple):
+    """What a block goes through in a pass: a plan, the data set that it is of, and what its steps are given."""
+
+    plan: _Plan
+    x: Tensor
+    y: Tensor
+    local: Local
+    shared: Payload
+    draws: list[torch.Generator] | None
+
+    def batch(self, at: Tensor, weight: Tensor | None) -> Batch:
+        """The examples at these positions."""
+        return Batch(_gather(self.x, at), _gather(self.y, at), weight)
+
+    def draw(self, alive: int) -> Any:
+        """A step's randomness of the first clients, each from its own stream."""
+        if not self.local.draw or not self.draws:
+            return None
+        return stack([self.local.draw(self.shared, g) for g in self.draws[:alive]])
+
+
+def _in_place(fused: Fused, carry: Any, course: _Course) -> Any:
     """Step the block in memory of its own. Clients that are done are simply no longer among the first."""
-    carry = fused.own(carry)
+    carry, plan = fused.own(carry), course.plan
     now, alive = carry, len(plan.lengths)
     for s, still in enumerate(plan.alive):
         if still < alive:
             now, alive = _part(carry, slice(None, still)), still
-        at = plan.at[s, :alive]
         weight = None if plan.whole[s] else plan.weight[s, :alive]
-        fused.step(shared, now, Batch(_gather(x, at), _gather(y, at), weight), _draws(local, shared, draws, alive))
+        fused.step(course.shared, now, course.batch(plan.at[s, :alive], weight), course.draw(alive))
     return each(lambda t: t.contiguous(), carry)
 
 
-def _draws(local: Local, shared: Payload, draws: list[torch.Generator] | None, alive: int) -> Any:
-    """This step's randomness of the first clients, each from its own stream."""
-    return stack([local.draw(shared, g) for g in draws[:alive]]) if local.draw and draws else None
-
-
-def _loop(
-    of: Pass,
-    carry: Any,
-    plan: _Plan,
-    x: Tensor,
-    y: Tensor,
-    local: Local,
-    shared: Payload,
-    draws: list[torch.Generator] | None,
-) -> Any:
+def _loop(of: Pass, carry: Any, course: _Course) -> Any:
     """Step the block until its longest client is done, letting go of clients as they finish."""
-    run = torch.vmap(partial(of.step, shared), in_dims=(0, 0, None if draws is None else 0))
+    plan = course.plan
+    run = torch.vmap(partial(of.step, course.shared), in_dims=(0, 0, None if course.draws is None else 0))
     finished: list[Any] = []  # carries of clients that are done, the shortest first
     alive = len(plan.lengths)
     for s, still in enumerate(plan.alive):
@@ -307,32 +306,20 @@ def _loop(
             finished.append(_part(carry, slice(still, None)))
             carry = _part(carry, slice(None, still))
             alive = still
-        at = plan.at[s, :alive]
-        draw = _draws(local, shared, draws, alive)
-        carry = run(carry, Batch(_gather(x, at), _gather(y, at), plan.weight[s, :alive]), draw)
+        carry = run(carry, course.batch(plan.at[s, :alive], plan.weight[s, :alive]), course.draw(alive))
     for part in reversed(finished):
         carry = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, carry, part)
     return carry
 
 
-def _played(
-    recorder: replay.Recorder,
-    of: Pass,
-    carry: Any,
-    plan: _Plan,
-    x: Tensor,
-    y: Tensor,
-    local: Local,
-    shared: Payload,
-    draws: list[torch.Generator] | None,
-) -> Any:
+def _played(recorder: replay.Recorder, of: Pass, carry: Any, course: _Course) -> Any:
     """Step the block by a recording of one step."""
+    plan, x, y, device = course.plan, course.x, course.y, course.x.device
     fused, clients = lowered(of), len(plan.lengths)
-    vectorized = torch.vmap(of.step, in_dims=(None, 0, 0, None if draws is None else 0))
+    vectorized = torch.vmap(of.step, in_dims=(None, 0, 0, None if course.draws is None else 0))
 
     def advance(carry: Any, shared: Payload, at: Tensor, weight: Tensor, working: Tensor, draw: Any) -> Any:
-        batch = Batch(_gather(x, at), _gather(y, at), weight)
-        before = carry
+        batch, before = Batch(_gather(x, at), _gather(y, at), weight), carry  # a recording keeps no course
         if fused is None:
             after = vectorized(shared, carry, batch, draw)
         else:
@@ -344,23 +331,25 @@ def _played(
 
         return pytree.tree_map(lambda a, b: keep(a, b) if isinstance(a, Tensor) else a, after, before)
 
-    working = torch.tensor([[n > s for n in plan.lengths] for s in range(len(plan.alive))], device=x.device)
+    working = torch.tensor([[n > s for n in plan.lengths] for s in range(len(plan.alive))], device=device)
     own = fused.own(carry) if fused is not None else carry
 
     def inputs(s: int) -> tuple[Any, ...]:
         # Who is done draws no more: streams go on in the next pass.
-        draw = _draws(local, shared, draws, plan.alive[s])
-        filled = each(lambda t: torch.cat([t, t[:1].expand(clients - len(t), *t.shape[1:])]).to(x.device), draw)
+        draw = course.draw(plan.alive[s])
+        filled = each(lambda t: torch.cat([t, t[:1].expand(clients - len(t), *t.shape[1:])]).to(device), draw)
         return plan.at[s], plan.weight[s], working[s], filled
 
     step = inputs(0)
-    made = replay.recording(recorder, (of.step, x.data_ptr(), y.data_ptr()), advance, (own, shared, *step), x.device)
+    made = replay.recording(
+        recorder, (of.step, x.data_ptr(), y.data_ptr()), advance, (own, course.shared, *step), device
+    )
     if made is not None:
-        made.put(own, shared)
+        made.put(own, course.shared)
     for s in range(len(plan.alive)):
         now = step if s == 0 else inputs(s)
         if made is None:
-            own = advance(own, shared, *now)
+            own = advance(own, course.shared, *now)
         else:
             made.put(*now, first=2)
             made.play()
