@@ -222,10 +222,10 @@ def workloads(data: str) -> dict[str, Workload]:
             "scikit-learn",
         )
     )
-    w1 = dict(found[0].experiment)
-    of_cpu = [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in lora.specs()]
-    of_gpu = [Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms)) for s in gpu.specs(w1)]
-    found += [*of_cpu, *(w._replace(clock="wall") for w in of_gpu)]
+    found += [
+        Workload(s.name, s.title, s.experiment, tuple(Arm(*arm) for arm in s.arms), clock=s.clock)
+        for s in (*lora.specs(), *gpu.specs(dict(found[0].experiment)))
+    ]
     return {w.name: w for w in found}
 
 

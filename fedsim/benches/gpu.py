@@ -30,7 +30,7 @@ def specs(w1: dict[str, Any], device: str = "cuda") -> list[Spec]:
         (f"{n} workers, blocks of 32", (*on, batched, "engine.block=32", "engine.kind=ray", f"engine.workers={n}"))
         for n in (2, 4)
     ]
-    out = [Spec("gpu_w1", "W1 on a GPU: CNN, 100 of 1000 clients, batch 10", w1, tuple(arms))]
+    out = [Spec("gpu_w1", "W1 on a GPU: CNN, 100 of 1000 clients, batch 10", w1, tuple(arms), "wall")]
     if (experiment := texts()) is not None:
         experiment["data"] |= {"length": 64}
         experiment["strategy"] |= {"cohort": 8, "batch_size": 8, "steps": 8}
@@ -39,7 +39,6 @@ def specs(w1: dict[str, Any], device: str = "cuda") -> list[Spec]:
             ("in blocks of 8", (*on, batched, "engine.block=8")),
             ("in blocks of 8, bfloat16", (*on, batched, "engine.block=8", "task.precision=bfloat16")),
         )
-        out.append(
-            Spec("gpu_lora", "LoRA on a GPU: MiniLM, 8 clients, 8 steps of 8 texts of 64 tokens", experiment, lora)
-        )
+        title = "LoRA on a GPU: MiniLM, 8 clients, 8 steps of 8 texts of 64 tokens"
+        out.append(Spec("gpu_lora", title, experiment, lora, "wall"))
     return out

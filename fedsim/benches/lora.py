@@ -1,15 +1,16 @@
 """`lora`: adapters on all-MiniLM-L6-v2, a block of clients through the frozen model at once against one by one."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Spec(NamedTuple):
-    """A workload in plain values: arms are a name and the overrides of the experiment."""
+    """A workload in plain values: arms are a name and the overrides of the experiment; ``clock`` as in ``Workload``."""
 
     name: str
     title: str
     experiment: dict[str, Any]
     arms: tuple[tuple[str, tuple[str, ...]], ...]
+    clock: Literal["cpu", "wall"] = "cpu"
 
 
 def texts() -> dict[str, Any] | None:

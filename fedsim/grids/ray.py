@@ -498,10 +498,9 @@ class RayGrid(BlockGrid):
         send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, how)
         dangerous = [b for b in blocks if self._suspects & set(b.clients)]
         harmless = [b for b in blocks if b not in dangerous]
-        size = len(blocks[0].clients) if blocks else 1
         cost = self.costs.setdefault(work.phase, Cost())
         sizes = {b.start: self._examples(work.local, b) for b in harmless}
-        units = [Unit(b, cost.of(sizes[b.start], len(b.clients)), place=b.start // size) for b in harmless]
+        units = [Unit(b, cost.of(sizes[b.start], len(b.clients)), place=b.start // how.size) for b in harmless]
         for done in self.pool.run(units, send):
             if done.died is None:
                 part, seconds = done.result

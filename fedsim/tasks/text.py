@@ -150,10 +150,10 @@ def _linear(conv: Any) -> nn.Linear:
     return linear
 
 
-def _from_labels(model: Any, path: Path, config: Config, length: int) -> Tensor:
+def _from_labels(model: Any, path: Path, config: Config, pad: int, length: int) -> Tensor:
     """``head.weight`` (classes, width) of these labels, whose texts are read as far as the data's are."""
     try:
-        x, pad = texts.tokens(config.labels, str(path), length), pretrained.pad(path)
+        x = texts.tokens(config.labels, str(path), length)
     except DataError as e:
         raise ConfigError(f"task.labels: {e}") from None
     with torch.no_grad():
@@ -185,13 +185,14 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
     if config.labels and (causal or len(config.labels) != dataset.classes):
         wanted = "no texts for a language model" if causal else f"{dataset.classes} texts, one for each label"
         raise ConfigError(f"task.labels: {dataset.name} needs {wanted} (got {len(config.labels)})")
-    head = _from_labels(model, path, config, x.shape[1]) if config.labels else None
+    pad = pretrained.pad(path)
+    head = _from_labels(model, path, config, pad, x.shape[1]) if config.labels else None
 
     def make() -> nn.Module:
         own = copy.deepcopy(model)
         if causal:
             return Generator(own, config, str(path))
-        whole = Classifier(own, dataset.classes, config, pretrained.pad(path), str(path))
+        whole = Classifier(own, dataset.classes, config, pad, str(path))
         if config.trainable == "head":
             whole.encoder.requires_grad_(False)
         if head is not None:
