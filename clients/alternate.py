@@ -134,7 +134,7 @@ def alternate(
             return task.loss(body(take(params, c.outer)) | take(params, c.head), b)
 
         value, g = value_and_grad(loss)(c.outer | c.head, batch)
-        n = c.examples.new_tensor(len(batch.y)) if batch.weight is None else batch.weight.sum()
+        n = c.examples.new_full((), len(batch.y)) if batch.weight is None else batch.weight.sum()
         return take(g, c.outer), c._replace(loss=c.loss + value.detach() * n, examples=c.examples + n)
 
     def body_step(shared: Payload, c: Carry, batch: Batch, draw: Any) -> Carry:

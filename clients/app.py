@@ -7,19 +7,20 @@ other train message is taken as Flower's own strategies send it: "arrays" (the m
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.sgd import SgdConfig, sgd
-from fedsim import block, tree
+from fedsim import tree
 from fedsim.block import Guest, Work
 from fedsim.data.dataset import Federation
 from fedsim.grids.flower import to_payload, to_record, to_records, to_tree
 from fedsim.rng import Key
 from fedsim.types import Done, Local, Payload, Task, Tree
-from fedsim.worker import Unusable, wrong
+from fedsim.worker import Unusable, alone, wrong
 
 EXAMPLES = "num-examples"  # Flower's own key
 One = Callable[[Work, Federation, Guest], tuple[Done, int]]
@@ -48,7 +49,7 @@ def client_app(
     key: Key,
     foreign: Callable[[Mapping[str, Any]], Local] | None = None,
     evaluation: Local | None = None,
-    one: One = block.one,
+    one: One = partial(alone, batched=False),  # noqa: B008 — it has no state
     memories: Memories = InContext(),  # noqa: B008 — it has no state
 ) -> ClientApp:
     """A ClientApp whose node holds the client numbered ``partition-id``.

@@ -102,7 +102,7 @@ def survey(task: Task, config: SurrogateConfig) -> Local:
 
     def surveyed(shared: Payload, c: Survey) -> Done:
         memory = {"history": c.history._asdict(), "point": {"x": c.x, "u": c.x}, "surrogate": {"w": c.w.clone()}}
-        queries = c.value.new_tensor(1 + config.survey)
+        queries = c.value.new_full((), 1 + config.survey)
         return Done({"surrogate": {"w": c.w}}, memory, {"train_loss": c.value, "queries": queries})
 
     passes = (Pass(ask, Schedule(ALL, steps=1)),)
@@ -166,8 +166,8 @@ def _box(count: int, like: Tensor) -> Callable[[Payload, torch.Generator], Any]:
     """Draws ``count`` points of [−1, 1]^d, in the dtype of ``like`` (d,)."""
 
     def draw(shared: Payload, generator: torch.Generator) -> Tensor:
-        device = flat(next(iter(shared.values()))).device
-        return (torch.rand(count, len(like), generator=generator, dtype=like.dtype) * 2 - 1).to(device)
+        size, at = (count, len(like)), generator.device
+        return torch.rand(size, generator=generator, dtype=like.dtype, device=at) * 2 - 1
 
     return draw
 

@@ -59,7 +59,8 @@ def private(
     shapes = {name: (x.shape, x.dtype) for name, x in task.init(Key.root(0).at("template").torch()).items()}
 
     def draw(generator: torch.Generator) -> Tree:
-        return {n: torch.randn(s, generator=generator, dtype=dtype) for n, (s, dtype) in shapes.items()}
+        at = generator.device
+        return {n: torch.randn(s, generator=generator, dtype=dtype, device=at) for n, (s, dtype) in shapes.items()}
 
     def gradient(params: Tree, batch: Batch, noise: Tree, examples: Tensor) -> Tree:
         total = clipped_sum(task, params, batch, clip) if len(batch.y) else tree.zeros(params)
@@ -129,7 +130,7 @@ def _like(flags: Tensor, g: Tensor) -> Tensor:
 
 def noised(total: Tree, noise: Tree, deviation: float) -> Tree:
     """Σ g_i + N(0, deviation² I), of which ``noise`` is the standard draw."""
-    return tree.map(lambda g, z: torch.add(g, z.to(g.device), alpha=deviation), total, noise)
+    return tree.map(lambda g, z: torch.add(g, z, alpha=deviation), total, noise)
 
 
 def averaged(total: Tree, batch_size: int, examples: Tensor) -> Tree:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from clients.sgd import Carry, Descent, SgdConfig, sgd, train_metrics
-from fedsim import Done, Local, Pass, Payload, Task, Tree
+from fedsim import Done, Local, Pass, Payload, Task, Tree, tree
 from fedsim.rng import Key
 from fedsim.tasks import adapters
 from fedsim.tasks.adapters import Layer, Start
@@ -60,7 +60,7 @@ class Adapters:
         bare = self.task.private.bare if self.task.private else self.task
         base = self.base(seed)
         if change:
-            base = base | {name: base[name] + x for name, x in change.items()}
+            base = base | tree.add(tree.resident({name: base[name] for name in change}, tree.device(change)), change)
         task = adapters.adapted(bare, self.layers, self.alpha, base, fixed, start)
         return self.task.private.around(task) if self.task.private else task
 
@@ -68,7 +68,7 @@ class Adapters:
         """The parameters of the task with the adapters in them: the model that is evaluated."""
         base = self.base(seed)
         if change:
-            base = base | {name: base[name] + x for name, x in change.items()}
+            base = base | tree.add(tree.resident({name: base[name] for name in change}, tree.device(change)), change)
         return adapters.merged(self.layers, self.alpha, base, factors)
 
 
@@ -79,7 +79,7 @@ def prepare(config: LoraConfig, task: Task) -> Adapters:
 
     @lru_cache(maxsize=1)
     def base(seed: int) -> Tree:
-        with adapters.constants():
+        with tree.constants():
             return bare.init(Key.root(seed).at("adapters", "base").torch())
 
     def B(seed: int) -> Tree:
@@ -91,7 +91,7 @@ def prepare(config: LoraConfig, task: Task) -> Adapters:
     @lru_cache(maxsize=2)
     def A(seed: int, draw: int) -> Tree:
         key = Key.root(seed).at("adapters", "A", draw)
-        with adapters.constants():
+        with tree.constants():
             return {
                 layer.A: adapters.start_A(layer, config.rank, config.start, key, base(seed)[layer.weight])
                 for layer in layers

@@ -142,7 +142,7 @@ def sgd(
         schedule = schedule._replace(sampling="poisson")
 
     def init(shared: Payload, memory: Payload, visit: Visit) -> Carry:
-        w = start(shared, memory)
+        w = tree.moved(start(shared, memory), visit.examples.device)
         zero = next(iter(w.values())).new_zeros(())
         moments = {"m": tree.zeros(w)} if config.momentum or config.optimizer == "adam" else {}
         if config.optimizer == "adam":

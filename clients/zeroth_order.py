@@ -186,7 +186,7 @@ def report(config: QueryConfig, like: Tree, walk: Walk, queries: int, memory: Pa
     value: Payload = {"params": shaped(walk.u, like)}
     if config.accept == "if-better":
         value["value"] = {"value": walk.start}
-    return Done(value, memory or {}, {"train_loss": walk.start, "queries": walk.start.new_tensor(queries)})
+    return Done(value, memory or {}, {"train_loss": walk.start, "queries": walk.start.new_full((), queries)})
 
 
 def one_query(task: Task) -> Local:

@@ -4,9 +4,12 @@ Both ways take the same batches in the same order and the same draws from the sa
 rounding. In a block, parameters are stacked along a new first axis, clients are sorted by their number of steps, and
 the block shrinks to the clients that still have work: only the last, partial batch of an epoch is padded. With a
 recorder (``fedsim.replay``) the block keeps its size, and clients that are done keep their carry.
+
+A client works where the data set lies, and the broadcast has to be there too (``fedsim.worker`` brings it). What
+clients remember lies in the host's memory before and after: a population's may be larger than a GPU's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fedsim import replay
+from fedsim import replay, tree
 from fedsim.data.dataset import Federation, Indices
 from fedsim.rng import Key
 from fedsim.tasks.module import seeded
@@ -54,6 +57,7 @@ class Stack(NamedTuple):
     def split(self) -> list[tuple[Done, int]]:
         """Client by client. What a client remembers has memory of its own, or it would hold that of the whole block."""
         value, memory, metrics = self.done
+        memory = tree.moved(memory, tree.HOST)
         return [
             (
                 Done(
@@ -109,7 +113,10 @@ def remembered(work: Work, guest: Guest) -> Payload:
         return guest.memory
     if work.local.remember is None:
         return {}
-    return work.local.remember(work.shared, work.key.at("remember", guest.client).torch())
+    return tree.moved(
+        work.local.remember(tree.moved(work.shared, tree.HOST), work.key.at("remember", guest.client).torch()),
+        tree.HOST,
+    )
 
 
 def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
@@ -127,14 +134,15 @@ def _one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     n = federation.size(guest.client, first.split)
     key = work.stream(guest.client)
     about = Visit(work.round, torch.tensor(n, device=device), torch.tensor(_steps(first, n), device=device))
-    carry = local.init(work.shared, remembered(work, guest), about)
-    draws = key.at("draw").wide() if local.draw else None
+    carry = local.init(work.shared, tree.placed(remembered(work, guest), device), about)
+    draws = key.at("draw").wide(device) if local.draw else None
     for p, (step, schedule, _) in enumerate(local.passes):
         rows = federation.indices(guest.client, schedule.split)
         for batch in _ahead(data.x, data.y, rows, batches(schedule, len(rows), key.at("batches", p))):
             draw = local.draw(work.shared, draws) if local.draw and draws else None
             carry = step(work.shared, carry, batch, draw)
-    return local.final(work.shared, carry), n
+    done = local.final(work.shared, carry)
+    return done._replace(memory=tree.moved(done.memory, tree.HOST)), n
 
 
 def _ahead(x: Tensor, y: Tensor, rows: Indices, plan: Sequence[Indices]) -> Iterator[Batch]:
@@ -172,9 +180,9 @@ def stacked(
     order = sorted(range(len(guests)), key=lambda i: -_steps(first, given[i]))
     guests, sizes = [guests[i] for i in order], [given[i] for i in order]
     keys = [work.stream(g.client) for g in guests]
-    draws = [key.at("draw").wide() for key in keys] if local.draw else None
+    draws = [key.at("draw").wide(device) for key in keys] if local.draw else None
 
-    memory = stack([remembered(work, g) for g in guests])
+    memory = tree.moved(tree.stack([remembered(work, g) for g in guests]), device)
     begin = torch.vmap(lambda m, examples, steps: local.init(shared, m, Visit(work.round, examples, steps)))
     steps = [_steps(first, n) for n in sizes]
     carry = begin(memory, torch.tensor(sizes, device=device), torch.tensor(steps, device=device))
@@ -195,7 +203,7 @@ def stacked(
     done: Done = torch.vmap(lambda c: local.final(shared, c))(carry)
     if order != list(range(len(order))):
         back = torch.tensor(np.argsort(order), device=device)
-        done = each(lambda t: t.index_select(0, back), done)
+        done = tree.each(lambda t: t.index_select(0, back), done)
     return Stack(done, given)
 
 
@@ -280,7 +288,7 @@ class _Course(NamedTuple):
         """A step's randomness of the first clients, each from its own stream."""
         if not self.local.draw or not self.draws:
             return None
-        return stack([self.local.draw(self.shared, g) for g in self.draws[:alive]])
+        return tree.stack([self.local.draw(self.shared, g) for g in self.draws[:alive]])
 
 
 def _in_place(fused: Fused, carry: Any, course: _Course) -> Any:
@@ -292,7 +300,7 @@ def _in_place(fused: Fused, carry: Any, course: _Course) -> Any:
             now, alive = _part(carry, slice(None, still)), still
         weight = None if plan.whole[s] else plan.weight[s, :alive]
         fused.step(course.shared, now, course.batch(plan.at[s, :alive], weight), course.draw(alive))
-    return each(lambda t: t.contiguous(), carry)
+    return tree.each(lambda t: t.contiguous(), carry)
 
 
 def _loop(of: Pass, carry: Any, course: _Course) -> Any:
@@ -323,7 +331,7 @@ def _played(recorder: replay.Recorder, of: Pass, carry: Any, course: _Course) ->
         if fused is None:
             after = vectorized(shared, carry, batch, draw)
         else:
-            before, after = each(torch.clone, carry), carry
+            before, after = tree.each(torch.clone, carry), carry
             fused.step(shared, after, batch, draw)
 
         def keep(new: Tensor, old: Tensor) -> Tensor:
@@ -337,7 +345,7 @@ def _played(recorder: replay.Recorder, of: Pass, carry: Any, course: _Course) ->
     def inputs(s: int) -> tuple[Any, ...]:
         # Who is done draws no more: streams go on in the next pass.
         draw = course.draw(plan.alive[s])
-        filled = each(lambda t: torch.cat([t, t[:1].expand(clients - len(t), *t.shape[1:])]).to(device), draw)
+        filled = tree.each(lambda t: torch.cat([t, t[:1].expand(clients - len(t), *t.shape[1:])]), draw)
         return plan.at[s], plan.weight[s], working[s], filled
 
     step = inputs(0)
@@ -353,33 +361,9 @@ def _played(recorder: replay.Recorder, of: Pass, carry: Any, course: _Course) ->
         else:
             made.put(*now, first=2)
             made.play()
-    return each(lambda t: t.clone(memory_format=torch.contiguous_format), own if made is None else made.carry)
+    return tree.each(lambda t: t.clone(memory_format=torch.contiguous_format), own if made is None else made.carry)
 
 
 def _part(carry: Any, clients: slice) -> Any:
     """The carry of some of the clients."""
-    return each(lambda t: t[clients], carry)
-
-
-def each(f: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with ``f`` of each tensor in it. For usual structures a tenth of what pytree's general way takes."""
-    if isinstance(value, Tensor):
-        return f(value)
-    kind = type(value)
-    if kind is dict:
-        return {name: each(f, x) for name, x in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(each(f, x) for x in value))
-    if kind in (tuple, list):
-        return kind(each(f, x) for x in value)
-    return pytree.tree_map_only(Tensor, f, value)
-
-
-def stack(values: Sequence[Any]) -> Any:
-    """Equal structures, stacked leaf by leaf."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(values))
-    if type(first) is dict and all(type(v) is dict and v.keys() == first.keys() for v in values):
-        return {name: stack([v[name] for v in values]) for name in first}
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *values)
+    return tree.each(lambda t: t[clients], carry)

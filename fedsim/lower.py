@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedsim import tree
 from fedsim.types import Batch, Tree
 
 CHANNELS_LAST = torch.channels_last
@@ -323,7 +324,9 @@ class Chain:
         if batch.weight is not None:
             factors = factors * (batch.weight > 0)
         fine = size.isfinite()
-        total = step.total(factors, None if bool(fine.all()) else fine)
+        # On a GPU, to ask whether all are would be to wait for them.
+        whole = fine.device == tree.HOST and bool(fine.all())
+        total = step.total(factors, None if whole else fine)
         return {name: total[name] for name in params}
 
     def own(self, params: Tree) -> Tree:

@@ -35,12 +35,14 @@ class Key(NamedTuple):
         """A fresh generator for permutations and choices; equal keys give equal draws."""
         return np.random.Generator(np.random.Philox(key=int.from_bytes(self.digest, "little")))
 
-    def wide(self) -> torch.Generator:
-        """Like ``torch()`` on the CPU, with all 128 bits of the name in it.
+    def wide(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Like ``torch()``, on a CPU with all 128 bits of the name in it, on a GPU with 63.
 
-        ``manual_seed`` keeps 32 bits there: few enough to try them all, and to meet one twice in 65,000 streams. Noise
-        that protects somebody is drawn from here.
+        ``manual_seed`` keeps 32 bits on a CPU: few enough to try them all, and to meet one twice in 65,000 streams.
+        A GPU's generator (Philox) has a key of 64 bits. Noise that protects somebody is drawn from here.
         """
+        if torch.device(device).type != "cpu":
+            return self.torch(device)
         generator = torch.Generator()
         state = generator.get_state()
         words = np.random.Philox(key=int.from_bytes(self.digest, "little")).random_raw(_MT_WORDS)

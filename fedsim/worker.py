@@ -63,8 +63,10 @@ def run(
 ) -> Partial:
     """Run the clients at positions ``start …`` of a cohort, and fold their reports.
 
+    They work and are reduced on the device of the data set; work comes from the host, and what is answered goes there.
     A block that does not fit a GPU's memory is run as two.
     """
+    work = _there(work, federation)
     try:
         block_of = _stacked(work, federation, guests, recorder) if batched and work.local.unbatchable is None else None
     except torch.OutOfMemoryError:
@@ -104,14 +106,14 @@ def run(
             yield value
 
     nodes = leaves(lifted(), start, len(guests), reduce.merge, cohort)
-    return Partial(nodes, memory, tuple(failures), clients, examples, bytes_up)
+    return Partial(tree.moved(nodes, tree.HOST), memory, tuple(failures), clients, examples, bytes_up)
 
 
 def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Callable[[Reports], Any]) -> Partial:
     """The answer of a block in which nothing is wrong, reduced at once into ``node``."""
     clients, done = [g.client for g in guests], of.done
     metrics = {name: x.to(torch.float64).tolist() for name, x in done.metrics.items()}
-    value = stack(Reports(clients, of.examples, done.value, metrics))
+    value = tree.moved(stack(Reports(clients, of.examples, done.value, metrics)), tree.HOST)
     memory = {}
     if done.memory:
         memory = {g.client: mine.memory for g, (mine, _) in zip(guests, of.split(), strict=True)}
@@ -146,9 +148,15 @@ def _one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> 
 
 def alone(work: Work, federation: Federation, guest: Guest, batched: bool) -> tuple[Done, int]:
     """One client's work and its number of examples, with the numbers that ``run`` gives for a block of one."""
+    work = _there(work, federation)
     if batched and work.local.unbatchable is None and (of := _stacked(work, federation, [guest])) is not None:
-        return of.split()[0]
-    return block.one(work, federation, guest)
+        return tree.moved(of.split()[0], tree.HOST)
+    return tree.moved(block.one(work, federation, guest), tree.HOST)
+
+
+def _there(work: Work, federation: Federation) -> Work:
+    """The work with its broadcast where the data set is."""
+    return work._replace(shared=tree.placed(work.shared, federation.dataset.train.x.device))
 
 
 def _report(client: int, done: Done, examples: int) -> Report:

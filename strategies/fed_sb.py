@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from clients.lora import LoraConfig, lora, prepare, seed_of
 from fedsim import Mean, Payload, Strategy, Task, Tree, tree
-from fedsim.tasks.adapters import Start, constants
+from fedsim.tasks.adapters import Start
 from server.reduce import weighted_mean
 from strategies.lora import State, family
 
@@ -30,7 +30,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
     @lru_cache(maxsize=1)
     def frozen(seed: int) -> Tree:
         out = dict(of.A(seed, 0))
-        with constants():
+        with tree.constants():
             for layer in of.layers:
                 W0 = of.base(seed)[layer.weight]
                 U = torch.linalg.svd(W0.double(), full_matrices=False).U[:, :r]

@@ -84,14 +84,14 @@ def build(config: Config, task: Task) -> Strategy[State]:
         return Carry(w, none.int(), none, torch.zeros((), dtype=torch.int64))
 
     def draw(shared: Payload, generator: torch.Generator) -> Tensor:
-        return torch.randint(config.seeds, (), generator=generator)
+        return torch.randint(config.seeds, (), generator=generator, device=generator.device)
 
     def step(shared: Payload, c: Carry, batch: Batch, k: Tensor) -> Carry:
         z = direction(int(shared["replay"]["seed"]), int(k), c.w)
         ahead, behind = (task.loss(tree.axpy(s * config.smoothing, z, c.w), batch) for s in (1, -1))
         rho = ((ahead - behind) / (2 * config.smoothing)).detach().float().cpu()
         w = tree.axpy(-config.lr * float(rho), z, c.w)
-        return Carry(w, c.k.index_put((c.t,), k.int()), c.rho.index_put((c.t,), rho), c.t + 1)
+        return Carry(w, c.k.index_put((c.t,), k.int().cpu()), c.rho.index_put((c.t,), rho), c.t + 1)
 
     def final(shared: Payload, c: Carry) -> Done:
         # A client without examples made no step, and sends scalars of 0.

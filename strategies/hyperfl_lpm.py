@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from fedsim import Payload, Strategy, Task, Tree
+from fedsim import Payload, Strategy, Task, Tree, tree
 from fedsim.rng import Key
 from fedsim.tasks import adapters
 from strategies import hyperfl
@@ -37,7 +37,7 @@ class Config(hyperfl.Config):
 def build(config: Config, task: Task) -> Strategy[State]:
     bare = task.private.bare if task.private else task
     layers, head = adapters.targets(bare, config.targets)
-    with adapters.constants():
+    with tree.constants():
         base = bare.init(Key.root(0).at("backbone").torch())
 
     def start(generator: torch.Generator) -> Tree:

@@ -49,7 +49,7 @@ def build(config: Config, task: Task) -> Strategy[State]:
 
         def estimate(shared: Payload, c: Carry) -> Done:
             control = shaped(c.total, like)
-            metrics = {"queries": c.walk.start.new_tensor(queries)}
+            metrics = {"queries": c.walk.start.new_full((), queries)}
             return Done({"control": control}, {"control": tree.map(torch.clone, control)}, metrics)
 
         def collect(state: State, mean: Mean) -> State:

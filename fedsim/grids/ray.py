@@ -91,12 +91,12 @@ def pack(value: Any) -> Any:
     return _inside(pack, value)
 
 
-def unpack(value: Any, device: torch.device | str = "cpu") -> Any:
+def unpack(value: Any) -> Any:
     """The inverse of ``pack``; tensors have memory of their own, which may be written."""
     if isinstance(value, Packed):
         x = torch.from_numpy(np.array(value.array))
-        return (x.view(torch.bfloat16) if value.dtype else x).to(device)
-    return _inside(partial(unpack, device=device), value)
+        return x.view(torch.bfloat16) if value.dtype else x
+    return _inside(unpack, value)
 
 
 def _inside(f: Callable[[Any], Any], value: Any) -> Any:
@@ -169,8 +169,8 @@ class Actor:
         from fedsim import run
 
         experiment = config.parse(tables)
-        self._device = run.device(experiment.engine.device)
-        self._site: Site = run.site(experiment, load(world, experiment, self._device), secret)
+        federation = load(world, experiment, run.device(experiment.engine.device))
+        self._site: Site = run.site(experiment, federation, secret)
         self._shared: tuple[int, Payload] = (-1, {})
 
     def hello(self) -> int:
@@ -191,14 +191,14 @@ class Actor:
         clients that have one."""
         began = time.perf_counter()
         if self._shared[0] != serial:
-            self._shared = serial, unpack(shared, self._device)
+            self._shared = serial, unpack(shared)
         round, phase, key = about
         local, reduce = self._site.local_of(phase)
         work = Work(round, phase, local, self._shared[1], key)
         fold: Fold[Any] = Fold(cohort, reduce.merge)
         total = Partial([], {}, (), 0, 0, 0)
         for start, clients in blocks:
-            mine = [Guest(c, unpack(memory[c], self._device) if c in memory else None) for c in clients]
+            mine = [Guest(c, unpack(memory[c]) if c in memory else None) for c in clients]
             part = worker.run(work, self._site.federation, mine, start, cohort, reduce, how.stacked, how.recorder)
             for node in part.nodes:
                 fold.add(node)

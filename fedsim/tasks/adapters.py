@@ -19,8 +19,7 @@ the first dimension of whatever enters a linear layer; that is tried on the firs
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -115,13 +114,6 @@ def _module(task: Task) -> nn.Module:
     return module
 
 
-@contextmanager
-def constants() -> Iterator[None]:
-    """Inside, constants are made: a ``vmap``, in whose middle one may be asked for first, does not see it."""
-    with torch._C._DisableFuncTorch(), torch.no_grad():
-        yield
-
-
 def start_A(layer: Layer, rank: int, how: Start, key: Key, W0: Tensor) -> Tensor:
     """A before training, (rank, columns), from the stream ``key``; in W₀'s dtype and on its device.
 
@@ -155,7 +147,9 @@ def adapted(task: Task, layers: Sequence[Layer], alpha: float, base: Tree, fixed
     own = [name for name in start if name in base and base[name].ndim == 2]
 
     def whole(params: Tree, clients: int = 0) -> Tree:
-        known, out = fixed | params, base | {name: p for name, p in params.items() if name in base}
+        at = tree.device(params)
+        known = tree.resident(fixed, at) | params
+        out = tree.resident(base, at) | {name: p for name, p in params.items() if name in base}
         for layer in layers:
             A, B = known[layer.A], known[layer.B]
             parts = (A, known[layer.R], B) if layer.R in known else (A, B)
@@ -175,6 +169,8 @@ def adapted(task: Task, layers: Sequence[Layer], alpha: float, base: Tree, fixed
 
 def merged(layers: Sequence[Layer], alpha: float, base: Tree, factors: Tree) -> Tree:
     """The parameters of the task itself: W₀ + s B A formed, in W₀'s dtype; a trained head in its place."""
+    at = tree.device(base, factors)
+    base, factors = tree.resident(base, at), tree.resident(factors, at)
     out = base | {name: p for name, p in factors.items() if name in base}
     for layer in layers:
         out[layer.weight] = out[layer.weight] + increment(layer, alpha, factors).to(out[layer.weight].dtype)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedsim import tree
 from fedsim.types import Batch, Task, Tree
 
 
@@ -17,6 +18,7 @@ def evaluate(task: Task, params: Tree, x: Tensor, y: Tensor, batch_size: int) ->
     Runs in batches in the order given, without gradients, in evaluation mode: the numbers depend on the arguments
     alone. Raises ``ValueError`` for no examples or a batch size below 1.
     """
+    params = tree.moved(params, x.device)
     if task.classes == 0:
         # An objective: every "example" is a client's function, and nothing is classified.
         with torch.no_grad():

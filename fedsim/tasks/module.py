@@ -16,7 +16,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
@@ -53,9 +53,9 @@ class ModuleConfig(TaskConfig):
         return self
 
 
-def products(precision: Precision, device: torch.device) -> torch.autocast:
+def products(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """Inside, matrix products and convolutions are of this precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 @contextmanager
