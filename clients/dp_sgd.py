@@ -142,11 +142,11 @@ def averaged(total: Tree, batch_size: int, examples: Tensor) -> Tree:
 class _Wrapped:
     """A module under Opacus's hooks, its optimizer, and its parameters by the task's names."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, device: torch.device) -> None:
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
 
-        module = opacus_module(task)
+        module = opacus_module(task).to(device)
         # Opacus's recurrent layers rename their parameters; their state_dict keeps the names of torch's.
         tensors = module.state_dict(keep_vars=True)
         names = task.init(Key.root(0).at("template").torch())
@@ -205,12 +205,13 @@ def opacus_module(task: Task) -> nn.Module:
 
 def opacus_sum(task: Task, params: Tree, batch: Batch, clip: float, sigma: float, generator: torch.Generator) -> Tree:
     """Σ g_i + N(0, (σ C)² I), clipped and noised by Opacus's own optimizer."""
-    kept: dict[int, tuple[Task, _Wrapped]] = getattr(_wrapped, "of", {})
+    kept: dict[Any, tuple[Task, _Wrapped]] = getattr(_wrapped, "of", {})
     _wrapped.of = kept
-    if id(task) not in kept:
+    of = id(task), batch.x.device
+    if of not in kept:
         kept.clear()
-        kept[id(task)] = task, _Wrapped(task)
-    wrapped = kept[id(task)][1]
+        kept[of] = task, _Wrapped(task, batch.x.device)
+    wrapped = kept[of][1]
     with torch.no_grad():
         for name, p in wrapped.params.items():
             p.copy_(params[name])

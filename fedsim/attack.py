@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedsim import block, config, files, privacy, record, registry
+from fedsim import block, config, files, privacy, record, registry, tree
 from fedsim.attacks import analytic
 from fedsim.attacks.images import matched, psnr, ssim
 from fedsim.attacks.invert import Found, Plan, flat, invert
@@ -85,6 +85,11 @@ class Attacker:
     key: Key  # of the victims' and the attacker's draws
     hypernet: Tree | None  # shapes of what a hypernetwork generates, as empty tensors; None without one
 
+    @property
+    def device(self) -> torch.device:
+        """Where victims and attackers work: where the data set is."""
+        return self.federation.dataset.train.x.device
+
     def __call__(self, state: Any, memory: Memory, round: int) -> list[Loot]:
         """Attack what the victims would send in this round, whose broadcast is that of ``state``. Changes nothing."""
         chosen = self.key.at("victims").numpy().permutation(len(self.federation))[: self.config.victims]
@@ -93,12 +98,12 @@ class Attacker:
     def capture(self, state: Any, memory: Memory, client: int, round: int) -> Victim:
         """What this client sends, of its first few examples."""
         phase = self.strategy.phases[0]
-        work = Work(round, 0, phase.local, phase.broadcast(state), self.key)
+        work = Work(round, 0, phase.local, tree.placed(phase.broadcast(state), self.device), self.key)
         own = block.remembered(work, Guest(client, memory.get(client)))
         done, _ = block.one(work, self.federation, Guest(client, own))
         rows = torch.from_numpy(self.federation.indices(client, "train"))
         train = self.federation.dataset.train
-        return Victim(client, train.x[rows], train.y[rows], work.shared, done.value, own)
+        return Victim(client, train.x[rows], train.y[rows], work.shared, done.value, tree.placed(own, self.device))
 
     def loot(self, victim: Victim, round: int) -> Loot:
         """Reconstruct, match one to one, and measure."""
@@ -111,7 +116,8 @@ class Attacker:
         if c.labels == "optimised":
             y = None
         elif c.labels == "inferred":
-            y = found if found is not None else torch.randint(self.task.classes, victim.y.shape, generator=generator)
+            guessed = torch.randint(self.task.classes, victim.y.shape, generator=generator)
+            y = (found if found is not None else guessed).to(self.device)
         plan = Plan(c.method, c.iterations, c.step, c.tv, c.restarts)
         if c.knowledge == "analytic":
             got = self.by_structure(victim, y, plan, generator)
@@ -119,9 +125,10 @@ class Attacker:
             got = self.by_simulation(victim, y, plan, generator, key, round)
         if y is None and got.others:
             figures["label_accuracy"] = _overlap(got.others[0].argmax(-1), victim.y)
-        truth, guess = victim.x.double(), matched(got.x.detach().double(), victim.x.double())
+        truth = victim.x.double().cpu()
+        guess = matched(got.x.detach().double().cpu(), truth)
         figures |= {"psnr": _mean(psnr(guess, truth)), "ssim": _mean(ssim(guess, truth)), "objective": got.objective}
-        mean_image = self.federation.dataset.train.x.double().mean(0).expand_as(truth)
+        mean_image = self.federation.dataset.train.x.double().mean(0).cpu().expand_as(truth)
         for name, image in (("mean_image", mean_image), ("grey", torch.full_like(truth, 0.5))):
             figures |= {f"psnr_{name}": _mean(psnr(image, truth)), f"ssim_{name}": _mean(ssim(image, truth))}
         return Loot(victim.client, truth, guess, figures)
@@ -138,7 +145,7 @@ class Attacker:
         def remembered(generator: torch.Generator) -> Payload:
             if self.config.knowledge == "oracle" or local.remember is None:
                 return victim.memory
-            return local.remember(victim.shared, generator)
+            return tree.placed(local.remember(tree.moved(victim.shared, tree.HOST), generator), self.device)
 
         fixed = remembered(key.at("memory").torch())
         places = [(channel, name) for channel, part in fixed.items() for name in part]
@@ -163,6 +170,10 @@ class Attacker:
 
         return invert(update, centred(victim.sent), (n, *victim.x.shape[1:]), plan, generator, unknowns)
 
+    def initial(self, generator: torch.Generator) -> Tree:
+        """A model as training begins with one."""
+        return tree.moved(self.task.init(generator), self.device)
+
     def any_labels(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Logits of labels, (n, C), before anything is known of them."""
         return torch.randn(n, self.task.classes, generator=generator).to(like)
@@ -177,7 +188,7 @@ class Attacker:
         got = self.read(victim)
         names = sorted(got.theta)
         seen = torch.cat([got.gradient[n].flatten() for n in names])
-        rest = {n: x for n, x in self.task.init(generator).items() if n not in got.theta}
+        rest = {n: x for n, x in self.initial(generator).items() if n not in got.theta}
         surrogate = len(victim.y) == 1 and bool(rest)
         if surrogate:
             delta = got.gradient[_last_bias(got.gradient)]
@@ -201,7 +212,7 @@ class Attacker:
             if surrogate:
                 return []
             labels = [] if y is not None else [self.any_labels(len(victim.y), victim.x, generator)]
-            return labels + [t for n, t in self.task.init(generator).items() if n in rest]
+            return labels + [t for n, t in self.initial(generator).items() if n in rest]
 
         return invert(update, seen, (len(victim.y), *victim.x.shape[1:]), plan, generator, unknowns)
 
@@ -380,6 +391,7 @@ def _mean(x: Tensor) -> float:
 
 def _overlap(found: Tensor, y: Tensor) -> float:
     """Share of the labels that were found, each counted as often as it occurs."""
+    found, y = found.cpu(), y.cpu()
     classes = int(max(found.max(), y.max())) + 1
     both = torch.minimum(found.bincount(minlength=classes), y.bincount(minlength=classes))
     return float(both.sum()) / len(y)

@@ -307,7 +307,8 @@ def _check_passes(strategy: Strategy[Any], federation: Federation) -> None:
     """Refuse a strategy whose clients touch examples in any way but ``clients.sgd``'s; found on a batch of nobody."""
     from fedsim.types import Batch, Visit
 
-    data, state = federation.dataset.train, strategy.init(Key.root(0).at("template").torch())
+    x, y = (part[:0].cpu() for part in federation.dataset.train[:2])
+    state = strategy.init(Key.root(0).at("template").torch())
     for i, phase in enumerate(strategy.phases):
         local, shared = phase.local, phase.broadcast(state)
         for p in local.passes:
@@ -318,11 +319,11 @@ def _check_passes(strategy: Strategy[Any], federation: Federation) -> None:
                 )
         generator = Key.root(0).at("template").wide()
         memory = local.remember(shared, generator) if local.remember else {}
-        one = data.x.new_ones((), dtype=data.y.dtype)
+        one = x.new_ones((), dtype=y.dtype)
         carry = local.init(shared, memory, Visit(1, one, one))
         for p in local.passes:
             assert local.draw
-            carry = p.step(shared, carry, Batch(data.x[:0], data.y[:0]), local.draw(shared, generator))
+            carry = p.step(shared, carry, Batch(x, y), local.draw(shared, generator))
 
 
 def resolved(experiment: Experiment, private: Private) -> Experiment:

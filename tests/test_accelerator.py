@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerator import Far, Machine, accelerator, home
 from torch import Tensor
 
-from accelerator import Far, Machine, accelerator, home
 from fedsim.rng import Key
 
 HERE = torch.arange(6.0).view(2, 3)
