@@ -5,13 +5,16 @@ the server ``server.wrap``, and what they cost is ``server.ledger``.
 
 Which sampler each level relies on, and what is counted:
 
-    client    the cohort of each round is a Poisson sample drawn with the secret key; one entry an exchange a round
+    client    the cohort of each round is a Poisson sample drawn with the secret key; one entry a round. The k exchanges
+              of a round are answered by one sample: together they are one Gaussian of σ/√k on it, not k releases on
+              samples of their own
     example   each client's batches are Poisson samples drawn with the secret key; the cohort is drawn with the public
               seed, so no amplification by it is claimed: each client's own visits are counted, and the worst is ε
 
 Costs depend on the config and the key alone, never on data: how many rounds a budget pays for is known beforehand.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -218,13 +221,13 @@ def _client_level(
     _check_delta(config, population, "clients")
     q, exchanges = cohort / population, len(strategy.phases)
     sigma = config.noise_multiplier or ledger.calibrate(
-        lambda s: [(Entry(s, q, exchanges * experiment.rounds),)],
+        lambda s: [(Entry(s / math.sqrt(exchanges), q, experiment.rounds),)],
         _target(config),
         config.delta,
         config.accountant,
     )
     mechanism = Mechanism(sigma, config.clip, cohort, key, config.adaptive)
-    cost = {EVERYBODY: (Entry(sigma, q, exchanges),)}
+    cost = {EVERYBODY: (Entry(sigma / math.sqrt(exchanges), q, 1),)}
     private = Private(
         config, sigma, key, lambda round: cost, lambda round: sampling.poisson(key.at("cohort", round), population, q),
         experiment.rounds, population, cohort, exchanges, 0, "", bool(experiment.data.holdout),
@@ -343,7 +346,7 @@ def statement(account: Account) -> str:
         unit = "one client with all of its examples"
         bound = f"{c.clip:g}" + (", then following the clients' norms" if c.adaptive else "")
         lines = [
-            f"releases      {account.spent.releases()} noisy sums of clipped updates",
+            f"releases      {account.spent.releases() * p.exchanges} noisy sums of clipped updates",
             f"mechanism     Gaussian; updates clipped to norm {bound}; noise multiplier {p.sigma:.6g}; uniform "
             f"weights, denominator {p.cohort} always",
             f"sampler       Poisson: each of {p.population} clients with probability {p.cohort}/{p.population} in each "

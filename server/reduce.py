@@ -21,6 +21,7 @@ class Sum(NamedTuple):
     weight: float
     metrics: dict[str, float]
     measured: float  # what the metrics are weighted by: always the number of examples
+    gauges: dict[str, float]  # weighted as the values are
     clients: int
     examples: int
 
@@ -45,8 +46,9 @@ def weighted_mean(
             },
             {c: {n: x.dtype for n, x in part.items()} for c, part in report.value.items()},
             weight,
-            {n: v * report.examples for n, v in report.metrics.items()} | {n: v * weight for n, v in gauges.items()},
+            {n: v * report.examples for n, v in report.metrics.items()},
             float(report.examples),
+            {n: v * weight for n, v in gauges.items()},
             1,
             report.examples,
         )
@@ -60,6 +62,7 @@ def weighted_mean(
             sum(weights),
             {n: pairwise([a * b for a, b in zip(v, measured, strict=True)]) for n, v in reports.metrics.items()},
             sum(measured),
+            {},
             len(reports.clients),
             sum(reports.examples),
         )
@@ -74,6 +77,7 @@ def weighted_mean(
             a.weight + b.weight,
             {n: v + b.metrics[n] for n, v in a.metrics.items()},
             a.measured + b.measured,
+            {n: v + b.gauges[n] for n, v in a.gauges.items()},
             a.clients + b.clients,
             a.examples + b.examples,
         )
@@ -82,7 +86,8 @@ def weighted_mean(
         if s is None or s.weight == 0:
             return None
         value = {c: {n: (x / s.weight).to(s.dtypes[c][n]) for n, x in part.items()} for c, part in s.value.items()}
-        return Mean(value, {n: v / max(s.measured, 1.0) for n, v in s.metrics.items()}, s.clients, s.examples)
+        metrics = {n: v / max(s.measured, 1.0) for n, v in s.metrics.items()}
+        return Mean(value, metrics | {n: v / s.weight for n, v in s.gauges.items()}, s.clients, s.examples)
 
     if gauge:
         return Reducer(lift, merge, finish)

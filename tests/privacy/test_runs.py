@@ -15,6 +15,7 @@ from fedsim.errors import ResumeError
 from fedsim.privacy import EVERYBODY
 from runs import experiment, lines
 from server.ledger import Entry
+from strategies import fedavg
 
 CLIENT = (
     "strategy.name=fedavg", "strategy.weighting=uniform", "data.holdout=0.0", "privacy.mode=client",
@@ -112,6 +113,24 @@ def test_the_client_level_ledger_is_known_beforehand(tmp_path: Path) -> None:
         [privacy.ledger.epsilon((Entry(1.0, 4 / 12, r),), 1e-3, "rdp") for r in (1, 2, 3)], rel=1e-12
     )
     assert all("train_loss" not in row and "examples" not in row for row in lines(tmp_path / "out"))
+
+
+def test_exchanges_of_a_round_are_one_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are answered by one sample of clients, so sampling amplifies them together and not one by one: with k of
+    them Gaussians of σ/√k. Counted as releases on samples of their own, 100 rounds at q = .05 and σ = .8 would be
+    ε = 5.15 where it is 8.71."""
+    build = fedavg.build
+    monkeypatch.setattr(fedavg, "build", lambda *of: (s := build(*of))._replace(phases=s.phases * 2, sends=s.sends * 2))
+    running.run(experiment(*CLIENT, "rounds=3"), tmp_path / "out")
+    ((sigma, q, steps),) = ledger_of(tmp_path / "out")["ledger"][str(EVERYBODY)]
+    assert (sigma, q, steps) == (pytest.approx(1 / 2**0.5, rel=1e-15), 4 / 12, 3)
+    assert "6 noisy sums" in (tmp_path / "out" / "privacy.txt").read_text()
+    both, apart = [(Entry(0.8 / 2**0.5, 0.05, 100),), (Entry(0.8, 0.05, 200),)]
+    assert privacy.ledger.epsilon(both, 1e-3, "pld") == pytest.approx(8.71, abs=0.01)
+    assert privacy.ledger.epsilon(apart, 1e-3, "pld") == pytest.approx(5.15, abs=0.01)
+    level = [a for a in CLIENT if "noise" not in a] + ["privacy.target_epsilon=5.0"]
+    private = running.build(experiment(*level, "rounds=3")).private
+    assert private and 0.99 * 5 < private.epsilon(private.after(3)) <= 5
 
 
 def test_each_client_pays_for_its_own_visits(tmp_path: Path) -> None:

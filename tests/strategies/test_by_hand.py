@@ -124,6 +124,16 @@ def test_fedexp_by_hand() -> None:
     assert float(train(fedexp.build(fedexp.Config(**STEP, epsilon=0.0), task), world)[-1]["w"]) == 3 - 5 / 4
 
 
+def test_fedexp_with_clients_of_unequal_size() -> None:
+    """Clients of 2 and 1 examples, updates −1 and 1 (as above): Σ p‖Δ‖²/Σ p is 1 whatever the weights are."""
+    config = fedexp.Config(**STEP, epsilon=0.0)  # by examples Δ̄ = −⅓: η = 1 / (2/9) = 4.5
+    assert w(fedexp.build(config, TASK)) == pytest.approx(3 - 4.5 / 3)
+    task = quadratic(WORLD, [1.0])  # updates 0 and 2; with equal weights Δ̄ = 1, Σp‖Δ‖² = 2: η = 1
+    assert w(fedexp.build(fedexp.Config(**STEP, epsilon=0.0, weighting="uniform"), task)) == 2.0
+    task = quadratic(WORLD, [2.5])  # updates −¾ and 1¼, Δ̄ = ¼; Σp‖Δ‖² = (9 + 25)/32 = 17/16: η = 17/16 / (2/16) = 8.5
+    assert w(fedexp.build(fedexp.Config(**STEP, epsilon=0.0, weighting="uniform"), task)) == 2.5 + 8.5 / 4
+
+
 def test_fedexp_with_equal_updates_is_fedavg() -> None:
     world = points([[[1.0], [2.0]], [[1.0], [2.0]], [[1.0], [2.0]]])
     task = quadratic(world, [0.3])
