@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -68,6 +68,8 @@ def scheduled(rate: float, schedule: RateSchedule | None, round: int) -> float:
 class SgdConfig(StrategyConfig):
     """What every strategy with local gradient steps is told."""
 
+    USUAL: ClassVar[int] = 1  # epochs where nothing is said
+
     lr: float = Field(0.1, gt=0, description="η, the clients' learning rate")
     lr_schedule: Annotated[RateSchedule, Field(discriminator="name")] | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -87,7 +89,7 @@ class SgdConfig(StrategyConfig):
         return self
 
     def schedule(self) -> Schedule:
-        return Schedule(self.batch_size, self.epochs or 1, self.steps)
+        return Schedule(self.batch_size, self.epochs or self.USUAL, self.steps)
 
     def rate(self, round: int) -> float:
         """η in this round (rounds are counted from 1)."""

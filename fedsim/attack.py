@@ -40,6 +40,7 @@ class Victim(NamedTuple):
     """A client under attack: its examples, what the attacker sees, and what it does not."""
 
     client: int
+    round: int
     x: Tensor
     y: Tensor
     shared: Payload
@@ -103,7 +104,9 @@ class Attacker:
         done, _ = block.one(work, self.federation, Guest(client, own))
         rows = torch.from_numpy(self.federation.indices(client, "train"))
         train = self.federation.dataset.train
-        return Victim(client, train.x[rows], train.y[rows], work.shared, done.value, tree.placed(own, self.device))
+        return Victim(
+            client, round, train.x[rows], train.y[rows], work.shared, done.value, tree.placed(own, self.device)
+        )
 
     def loot(self, victim: Victim, round: int) -> Loot:
         """Reconstruct, match one to one, and measure."""
@@ -222,7 +225,7 @@ class Attacker:
             raise ConfigError(f"attack.knowledge: 'analytic' reads hypernetworks, and {self.settings.name} has none")
         shapes = {n: x.shape for n, x in self.hypernet.items()}
         phi, delta = victim.shared["hyper"], victim.sent["delta"]
-        return analytic.generated(self.as_gradient(delta, phi, len(victim.y)), phi, shapes)
+        return analytic.generated(self.as_gradient(delta, phi, victim), phi, shapes)
 
     def inferred(self, victim: Victim) -> Tensor | None:
         """The labels, where the update of the logits' bias travels (by itself, or as its generator's bias)."""
@@ -231,8 +234,8 @@ class Attacker:
         for name in (last[0], f"head.{last[0]}.bias"):
             if name in delta and last[1].shape == (self.task.classes,) and victim.y.ndim == 1:
                 start = victim.shared.get("params", victim.shared.get("hyper", {}))
-                of_one = {name: delta[name]}
-                g = self.as_gradient(of_one, {name: start.get(name, torch.zeros_like(delta[name]))}, len(victim.y))
+                begun = {name: start.get(name, torch.zeros_like(delta[name]))}
+                g = self.as_gradient({name: delta[name]}, begun, victim)
                 return analytic.labels(g[name].detach().clone(), len(victim.y))
         return None
 
@@ -242,12 +245,12 @@ class Attacker:
             return delta
         start = {n: x for part in victim.shared.values() for n, x in part.items()}
         known = {n: x for n, x in delta.items() if n in start and start[n].shape == x.shape}
-        return delta | self.as_gradient(known, start, len(victim.y))
+        return delta | self.as_gradient(known, start, victim)
 
-    def as_gradient(self, delta: Tree, start: Tree, examples: int) -> Tree:
+    def as_gradient(self, delta: Tree, start: Tree, victim: Victim) -> Tree:
         s = self.settings
-        steps = s.steps or (s.epochs or 1) * -(-examples // s.batch_size)
-        return analytic.gradient_of(delta, start, s.lr, steps, s.momentum, s.weight_decay)
+        steps = block.steps_in(s.schedule(), len(victim.y))
+        return analytic.gradient_of(delta, start, s.rate(victim.round), steps, s.momentum, s.weight_decay)
 
 
 def simulate(

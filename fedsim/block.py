@@ -80,7 +80,7 @@ def batches(schedule: Schedule, examples: int, key: Key) -> list[Indices]:
     if schedule.sampling == "poisson":
         rng = key.numpy()
         rate = min(1.0, size / examples) if examples else 0.0
-        return [np.flatnonzero(rng.random(examples) < rate) for _ in range(_steps(schedule, examples))]
+        return [np.flatnonzero(rng.random(examples) < rate) for _ in range(steps_in(schedule, examples))]
     out = [order[i : i + size] for order in _epochs(schedule, examples, key) for i in range(0, examples, size)]
     return out[: schedule.steps] if schedule.steps is not None else out
 
@@ -90,14 +90,14 @@ def _epochs(schedule: Schedule, examples: int, key: Key) -> list[Indices]:
     if not examples:
         return []
     of_epoch = -(-examples // schedule.batch_size)
-    epochs = -(-_steps(schedule, examples) // of_epoch)
+    epochs = -(-steps_in(schedule, examples) // of_epoch)
     if not schedule.shuffle:
         return [np.arange(examples)] * epochs
     rng = key.numpy()
     return [rng.permutation(examples) for _ in range(epochs)]
 
 
-def _steps(schedule: Schedule, examples: int) -> int:
+def steps_in(schedule: Schedule, examples: int) -> int:
     if schedule.steps is not None:
         return schedule.steps if examples else 0
     return schedule.epochs * -(-examples // schedule.batch_size)
@@ -133,7 +133,7 @@ def _one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
     first, device = _first(local), data.x.device
     n = federation.size(guest.client, first.split)
     key = work.stream(guest.client)
-    about = Visit(work.round, torch.tensor(n, device=device), torch.tensor(_steps(first, n), device=device))
+    about = Visit(work.round, torch.tensor(n, device=device), torch.tensor(steps_in(first, n), device=device))
     carry = local.init(work.shared, tree.placed(remembered(work, guest), device), about)
     draws = key.at("draw").wide(device) if local.draw else None
     for p, (step, schedule, _) in enumerate(local.passes):
@@ -177,14 +177,14 @@ def stacked(
     first, device = _first(local), data.x.device
     given = [federation.size(g.client, first.split) for g in guests]
     # Descending number of steps, so that the clients still at work are always the first ones.
-    order = sorted(range(len(guests)), key=lambda i: -_steps(first, given[i]))
+    order = sorted(range(len(guests)), key=lambda i: -steps_in(first, given[i]))
     guests, sizes = [guests[i] for i in order], [given[i] for i in order]
     keys = [work.stream(g.client) for g in guests]
     draws = [key.at("draw").wide(device) for key in keys] if local.draw else None
 
     memory = tree.moved(tree.stack([remembered(work, g) for g in guests]), device)
     begin = torch.vmap(lambda m, examples, steps: local.init(shared, m, Visit(work.round, examples, steps)))
-    steps = [_steps(first, n) for n in sizes]
+    steps = [steps_in(first, n) for n in sizes]
     carry = begin(memory, torch.tensor(sizes, device=device), torch.tensor(steps, device=device))
 
     for p, part in enumerate(local.passes):
@@ -229,7 +229,7 @@ def _plan(schedule: Schedule, rows: Sequence[Indices], keys: Sequence[Key], x: T
         width = max((len(b) for c in chosen for b in c), default=1) or 1  # they may all be empty
     else:
         chosen = []
-        lengths = [_steps(schedule, len(mine)) for mine in rows]
+        lengths = [steps_in(schedule, len(mine)) for mine in rows]
         width = max(1, min(schedule.batch_size, max(len(mine) for mine in rows)))
     most = max(lengths)
     at = np.zeros((most, len(rows), width), dtype=np.int64)

@@ -77,7 +77,8 @@ def _final(result: Result, *, key: str = "accuracy", last: int = 5) -> float:
 
 
 def _best(result: Result, *, key: str = "accuracy") -> float:
-    return max(_series(result, key), default=NAN)
+    values = _series(result, key)
+    return float(np.max(values)) if values else NAN
 
 
 def _at(result: Result, round: float, *, key: str = "accuracy") -> float:

@@ -266,7 +266,7 @@ def _example_level(
             if (n := examples.get((client, s.split))) is None:
                 n = examples[client, s.split] = federation.size(client, s.split)
             if n:
-                entries.append(Entry(sigma, min(1.0, s.batch_size / n), block._steps(s, n)))
+                entries.append(Entry(sigma, min(1.0, s.batch_size / n), block.steps_in(s, n)))
         return ledger.merge(entries)
 
     def histories(sigma: float) -> list[History]:

@@ -20,7 +20,7 @@ server's, which is ``common_start`` here), and weights are generated anew before
 old).
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -33,6 +33,8 @@ from server.reduce import weighted_mean
 
 
 class Config(AlternateConfig):
+    USUAL: ClassVar[int] = 5
+
     name: str = "hyperfl"
     lr: float = Field(0.02, gt=0, description="η, the step size of φ and v")
     momentum: float = Field(0.5, ge=0, lt=1)
@@ -67,8 +69,6 @@ class State(NamedTuple):
 
 
 def build(config: Config, task: Task) -> Strategy[State]:
-    if config.epochs is None and config.steps is None:
-        config = config.model_copy(update={"epochs": 5})
     shapes = alternate.shapes(task)
     head = private_names(shapes, config.private)
     body = {name: shape for name, shape in shapes.items() if name not in head}

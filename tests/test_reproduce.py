@@ -73,6 +73,7 @@ def test_a_comparison_is_of_means_and_holds_in_every_cell() -> None:
 def test_what_is_missing_makes_a_claim_false() -> None:
     grids = {"gone": Grid({}, [[result(0.9, None, last) for last in (None, 0.8)]])}
     assert not claims.judge("final(gone) > 0", grids).holds
+    assert not claims.judge("best(gone) > 0", grids).holds
     assert not claims.judge("final(gone) < 1", grids).holds
     assert not claims.judge("max(final(gone)) < 1", grids).holds
     assert not claims.judge("at(gone, 9) < 1", grids).holds

@@ -1,6 +1,7 @@
 """A data set in memory, and the federation of clients that hold it."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,7 +36,8 @@ class Dataset(NamedTuple):
 class Partition(Protocol):
     """Which training examples each client holds. Lazy, so that a million clients cost nothing until they are asked.
 
-    One that knows how many these are without drawing them says so by a method ``size(client)``.
+    One that knows how many these are without drawing them says so by a method ``size(client)``, and one whose clients
+    may hold the same example by an attribute ``overlaps = True``.
     """
 
     def __len__(self) -> int: ...
@@ -60,16 +62,33 @@ class Federation:
         mine = np.asarray(self.partition[client], dtype=np.int64)
         if not self.holdout:
             return mine if split == "train" else mine[:0]
+        if self._overlaps:
+            held = self._held_out[mine]
+            return mine[held if split == "holdout" else ~held]
         kept = self._kept_back(len(mine))
         order = self.key.at("holdout", client).numpy().permutation(len(mine))
         return mine[np.sort(order[kept:] if split == "train" else order[:kept])]
 
     def size(self, client: int, split: str) -> int:
         """How many positions ``indices`` gives."""
+        if self.holdout and self._overlaps:
+            return len(self.indices(client, split))
         known = getattr(self.partition, "size", None)
         n: int = known(client) if known else len(self.partition[client])
         kept = self._kept_back(n)
         return n - kept if split == "train" else kept
+
+    @property
+    def _overlaps(self) -> bool:
+        return bool(getattr(self.partition, "overlaps", False))
+
+    @cached_property
+    def _held_out(self) -> npt.NDArray[np.bool_]:
+        """Of each example, whether all who have it keep it back: nobody may train on what another is tested on."""
+        n = len(self.dataset.train.y)
+        out = np.zeros(n, dtype=np.bool_)
+        out[self.key.at("holdout", "examples").numpy().permutation(n)[: max(1, round(self.holdout * n))]] = True
+        return out
 
     def _kept_back(self, n: int) -> int:
         """Of a client's n examples. At least one stays for training, and with two or more at least one is held out."""

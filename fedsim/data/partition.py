@@ -116,6 +116,8 @@ class Sampled:
     cannot give is drawn from the examples that are left of the others.
     """
 
+    overlaps = True
+
     def __init__(self, clients: int, size: int, examples: int, alpha: float | None, pools: Sequence[Indices], key: Key):
         self._clients, self._size, self._examples, self._alpha, self._key = clients, size, examples, alpha, key
         self._pools, self._room = pools, np.array([len(p) for p in pools], dtype=np.int64)

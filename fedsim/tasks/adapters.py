@@ -41,6 +41,7 @@ Start = Literal["kaiming", "gaussian", "orthogonal", "svd"]
 
 ATTENTION = ("query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "c_attn")  # their names in common models
 TRIED = 0.1  # relative; two formulations differ by rounding, at worst bfloat16's, and a wrong one differs wholly
+APART = 1e-5  # relative; how far a client's numbers may move with its neighbour's examples, by the same operations
 
 
 class Layer(NamedTuple):
@@ -278,9 +279,9 @@ class _Loss:
                 Batch(*(None if t is None else t[:2] for t in batch)),  # type: ignore[arg-type]
             )
             good = all(
-                _close(values[k], value) and all(_close(grads[name][k], g) for name, g in own.items())
+                _close(values[k], value, TRIED) and all(_close(grads[name][k], g, TRIED) for name, g in own.items())
                 for k, (value, own) in enumerate(plain)
-            )
+            ) and self._apart({name: p[:2] for name, p in params.items()}, two[0][1], two[1][1])
         except (RuntimeError, ValueError) as e:
             log.debug("folding failed: %s", e)
             good = False
@@ -288,6 +289,20 @@ class _Loss:
             log.warning("this model does not keep the examples of a batch apart: blocks of clients run by torch.func")
         _FOLDS[id(self._task.loss)] = self._task.loss, good  # the loss is kept, so that its id stays its own
         return good
+
+    def _apart(self, params: Tree, first: Batch, second: Batch) -> bool:
+        """Whether the first client's numbers are its own, whatever examples the second one has.
+
+        Under privacy at example level "clients" are the examples of a batch, and one that had a part, however small, in
+        another's gradient would not be clipped there.
+        """
+        weight = torch.ones(2, len(first.y), device=first.y.device)
+        weight[1] = 0
+        (a, ga), (b, gb) = (
+            self._fold(params, Batch(torch.stack([first.x, other.x]), torch.stack([first.y, other.y]), weight))
+            for other in (first, second)
+        )
+        return _close(b[0], a[0], APART) and all(_close(gb[name][0], g[0], APART) for name, g in ga.items())
 
     def _fold(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """With weights u_kj that sum to 1 for each client, the mean over all K·B examples is Σ_k L_k / Σ u.
@@ -317,8 +332,8 @@ class _Loss:
 _FOLDS: dict[int, tuple[Any, bool]] = {}  # by the id of a task's loss: whether folding its clients was found right
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return float((a - b).norm()) <= TRIED * float(b.norm()) + 1e-6
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return float((a - b).norm()) <= tolerance * float(b.norm()) + 1e-6
 
 
 class _Sum(Tensor):

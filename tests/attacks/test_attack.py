@@ -97,6 +97,19 @@ def test_several_steps_keep_the_bias_identity() -> None:
         torch.testing.assert_close(many.theta[n], one.theta[n], rtol=0.05, atol=0.02)
 
 
+def test_the_attacker_counts_the_steps_that_were_taken() -> None:
+    """HyperFL takes five epochs where nothing is said, and the rate is that of the round."""
+    said = {"lr": 0.001, "allow_single_step": False, "momentum": 0.0, "weight_decay": 0.0}
+    five, v = victim(experiment(strategy=HYPER | said | {"epochs": 5}))
+    table = {key: value for key, value in (HYPER | said).items() if key != "epochs"}
+    usual, w = victim(experiment(strategy=table | {"lr_schedule": {"name": "step", "every": 1, "factor": 0.2}}))
+    delta = {"w": torch.tensor([1.0])}
+    one = five.as_gradient(delta, delta, v)["w"]
+    assert one.item() == pytest.approx(-1 / (5 * 0.001))
+    assert torch.equal(usual.as_gradient(delta, delta, w)["w"], one)
+    assert usual.as_gradient(delta, delta, w._replace(round=2))["w"].item() == pytest.approx(5 * one.item())
+
+
 def test_the_mean_gradient_of_momentum_steps_by_hand() -> None:
     """η = 0.1, μ = ½, no decay, gradients 1 and 1: moves 0.1 and 0.15, weights 1.5 and 1 of 2.5."""
     delta = {"w": torch.tensor([-0.25])}

@@ -329,6 +329,21 @@ def test_labels_may_be_missing_from_the_training_part() -> None:
         assert all(clients(build(options, gaps)))
 
 
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_nobody_trains_on_what_another_is_tested_on(alpha: float | None) -> None:
+    """Where clients share examples, an example is kept back by all who have it, or by none."""
+    options = {"name": "sampled", "clients": 200, "size": 20, "alpha": alpha}
+    federation = Federation(
+        world(), build({k: v for k, v in options.items() if v is not None}, world()), 0.25, Key.root(0)
+    )
+    sides = {}
+    for split in ("train", "holdout"):
+        sides[split] = [federation.indices(client, split) for client in range(len(federation))]
+    assert not set(np.concatenate(sides["train"])) & set(np.concatenate(sides["holdout"]))
+    assert all(len(a) + len(b) == 20 for a, b in zip(sides["train"], sides["holdout"], strict=True))
+    assert sum(map(len, sides["holdout"])) == pytest.approx(0.25 * 200 * 20, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "options", [*WHOLE, {"name": "sampled", "clients": 9, "size": 7}], ids=lambda o: str(o["name"])
 )

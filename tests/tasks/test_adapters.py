@@ -57,6 +57,14 @@ class ByHand(Apart):
         return out
 
 
+class Whispering(Apart):
+    """A model in which an example has a small part in the others' logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h + 0.001 * h.sum(0)
+
+
 def made(kind: type[Apart]) -> Task:
     return from_module(kind, 3, 4, torch.float64, (draws("x", 1, 5, WIDTH), torch.zeros(1, dtype=torch.int64)))
 
@@ -139,6 +147,19 @@ def test_gradients_of_single_examples() -> None:
         expected = f({LAYER.B: B}, Batch(X[0, j : j + 1], Y[0, j : j + 1]))[1][LAYER.B]
         torch.testing.assert_close(got[j], expected, rtol=1e-12, atol=1e-15)
     assert [fine for _, fine in adapters._FOLDS.values()] == [True]
+
+
+def test_a_small_part_in_anothers_gradient_is_too_much(caplog: pytest.LogCaptureFixture) -> None:
+    """Clipped alone, an example would move the sum of a private batch by more than the norm it was clipped to."""
+    task = lora(Whispering, {LAYER.B: B}, {LAYER.A: A})
+    own = {LAYER.B: draws("Bk", 3, WIDTH, 2)}
+    with caplog.at_level(logging.WARNING, "fedsim"):
+        values, grads = torch.vmap(value_and_grad(task.loss))(own, Batch(X, Y, torch.ones(3, 4)))
+    assert "does not keep the examples" in caplog.text
+    for k in range(3):
+        value, grad = value_and_grad(task.loss)({LAYER.B: own[LAYER.B][k]}, Batch(X[k], Y[k]))
+        torch.testing.assert_close(values[k], value, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(grads[LAYER.B][k], grad[LAYER.B], rtol=1e-10, atol=1e-15)
 
 
 def test_nothing_is_learned_from_a_client_that_fails() -> None:
