@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from clients.sgd import SgdConfig, sgd
 from fedsim import tree
-from fedsim.block import Guest, Work
+from fedsim.block import Guest, Work, asked
 from fedsim.data.dataset import Federation
 from fedsim.grids.flower import to_payload, to_record, to_records, to_tree
 from fedsim.rng import Key
@@ -63,7 +63,7 @@ def client_app(
         phase = int(header["phase"])  # type: ignore[arg-type]
         shared = to_payload(message.content)
         memory = memories.get(context, header)
-        work = Work(int(header["round"]), phase, local_of(phase), shared, key)  # type: ignore[arg-type]
+        work = asked(int(header["round"]), phase, local_of(phase), shared, key)  # type: ignore[arg-type]
         done, examples = one(work, federation, Guest(_client(context), memory))
         bad = wrong(done)
         if bad is not None:

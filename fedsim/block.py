@@ -41,6 +41,19 @@ class Work(NamedTuple):
         return self.key.at("round", self.round, "phase", self.phase, "client", client)
 
 
+def asked(round: int, phase: int, local: Local, shared: Payload, key: Key) -> Work:
+    """The work of a phase.
+
+    Draws that protect somebody are named by the broadcast as well. A round that is run again after a crash may have
+    another one (a client was missing the first time): with the same noise, the difference of the two answers would
+    have none.
+    """
+    if local.secret:
+        parts = {f"{channel}.{name}": x for channel, part in shared.items() for name, x in part.items()}
+        key = key.at("broadcast", tree.digest(parts))
+    return Work(round, phase, local, shared, key)
+
+
 class Guest(NamedTuple):
     """A client that is at work: its number and what it remembers (None on its first visit)."""
 

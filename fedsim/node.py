@@ -298,7 +298,7 @@ def _private(experiment: Experiment, task: Task, state: Path, header: Mapping[st
         assert level.max_grad_norm
         size = experiment.strategy.batch_size  # type: ignore[attr-defined]
         task = dp_sgd.private(task, sigma, level.max_grad_norm, size, level.grad_sample)
-    strategy = silent(plugin.build(experiment.strategy, task))
+    strategy = silent(plugin.build(experiment.strategy, task), secret=level.noise == "os")
     if level.noise == "seeded":
         return strategy, Key.root(experiment.seed).at("privacy")
     path = state / "noise.key"

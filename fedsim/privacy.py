@@ -17,12 +17,16 @@ Costs depend on the config and the key alone, never on data: how many rounds a b
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from clients import dp_sgd
-from fedsim import block, files, registry
+from fedsim import block, files, registry, tree
 from fedsim.config import Experiment, PrivacyConfig
 from fedsim.data.dataset import Federation
 from fedsim.errors import ConfigError, ResumeError
@@ -32,7 +36,7 @@ from server import ledger, sampling, wrap
 from server.ledger import EMPTY, Entry, History, Ledger
 from server.wrap import Mechanism
 
-KEY, STATEMENT = "noise.key", "privacy.txt"
+KEY, RELEASES, STATEMENT = "noise.key", "releases", "privacy.txt"
 EVERYBODY = -1  # the ledger's unit at client level: all clients spend the same
 SLACK = 1 + 1e-9  # ε after the last affordable round may differ from the budget by rounding
 
@@ -89,9 +93,10 @@ class Account(NamedTuple):
     private: Private
     spent: Ledger
 
-    def after(self, round: int) -> "Account":
-        """The account when this round has been released."""
-        return self._replace(spent=self.spent.spend(self.private.costs(round)))
+    def after(self, round: int, times: int = 1) -> "Account":
+        """The account when this round has been released, so many times."""
+        cost = self.private.costs(round)
+        return self._replace(spent=self.spent.spend({unit: history * times for unit, history in cost.items()}))
 
     @property
     def epsilon(self) -> float:
@@ -125,6 +130,13 @@ class Account(NamedTuple):
             low, high = (middle, high) if within(middle) else (low, middle)
         return low
 
+    def last(self, done: int, planned: int) -> int:
+        """The last round that can be paid for; ``done`` where no more can be."""
+        try:
+            return self.affordable(done, planned)
+        except ConfigError:
+            return done
+
     def dump(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         c = self.private.config
@@ -135,6 +147,41 @@ class Account(NamedTuple):
             "accountant": c.accountant,
             "ledger": self.spent.dump(),
         }
+
+
+class Releases:
+    """What each exchange came to, by its digest, on disk before anybody sees it.
+
+    A round that is run again after a crash is usually the same release, and is paid for once. Where it is another one
+    (clients of a deployment come and go, and a policy may drop some) both were seen, and both are paid for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._seen = path, {}
+        with suppress(FileNotFoundError):
+            for line in path.read_text().splitlines(keepends=True):
+                parts = line.split()
+                if line.endswith("\n") and len(parts) == 3:  # else it was cut short, and nobody has seen what it says
+                    self._seen.setdefault((int(parts[0]), int(parts[1])), set()).add(parts[2])
+
+    _seen: dict[tuple[int, int], set[str]]
+
+    def note(self, round: int, phase: int, state: Any) -> None:
+        """A phase of a round has led to this state."""
+        found, _ = pytree.tree_flatten_with_path(state)
+        digest = tree.digest({pytree.keystr(path): leaf for path, leaf in found if isinstance(leaf, Tensor)})
+        seen = self._seen.setdefault((round, phase), set())
+        if digest in seen:
+            return
+        seen.add(digest)
+        with self._path.open("a") as file:
+            file.write(f"{round} {phase} {digest}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def others(self, round: int) -> int:
+        """How many releases of this round there have been besides one."""
+        return max((len(seen) - 1 for (of, _), seen in self._seen.items() if of == round), default=0)
 
 
 def opened(private: Private, extra: Mapping[str, Any] | None) -> Account:
@@ -162,8 +209,9 @@ def opened(private: Private, extra: Mapping[str, Any] | None) -> Account:
 def secret(experiment: Experiment, checkpoint: Path | None) -> Key:
     """The key of a run's noise: seeded, or from the operating system and kept beside the checkpoint for a resume.
 
-    With the key that a round was released with, its replay after a crash is the same release, bit for bit: nothing is
-    spent twice. Raises ``ResumeError`` where there are checkpoints and the key is gone.
+    With the key that a round was released with, its replay after a crash is the same release, bit for bit, if the same
+    clients answer the same: nothing is spent twice. (Where they do not, see ``Releases``.) Raises ``ResumeError`` where
+    there are checkpoints and the key is gone.
     """
     assert experiment.privacy
     if experiment.privacy.noise == "seeded":
@@ -226,7 +274,7 @@ def _client_level(
         config.delta,
         config.accountant,
     )
-    mechanism = Mechanism(sigma, config.clip, cohort, key, config.adaptive)
+    mechanism = Mechanism(sigma, config.clip, cohort, key, config.adaptive, repeatable=config.noise == "seeded")
     cost = {EVERYBODY: (Entry(sigma / math.sqrt(exchanges), q, 1),)}
     private = Private(
         config, sigma, key, lambda round: cost, lambda round: sampling.poisson(key.at("cohort", round), population, q),
@@ -277,7 +325,7 @@ def _example_level(
     histories(1.0)
     _check_delta(config, max(examples.values(), default=1), "examples of the largest client")
     sigma = config.noise_multiplier or ledger.calibrate(histories, _target(config), config.delta, config.accountant)
-    strategy = wrap.silent(build(dp_sgd.private(task, sigma, bound, size, asked)))
+    strategy = wrap.silent(build(dp_sgd.private(task, sigma, bound, size, asked)), secret=config.noise == "os")
     private = Private(
         config, sigma, key, lambda round: {client: visit(client, sigma) for client in choose(round)}, choose,
         experiment.rounds, population, cohort, len(strategy.phases), size, dp_sgd.way(task, asked),

@@ -255,8 +255,13 @@ def run(
             session.memory.changed.clear()
         account = privacy.opened(session.private, extra if done else None) if session.private else None
         last = account.affordable(done, experiment.rounds) if account else experiment.rounds
+        releases = None
         if account:
             privacy.keep(account.private, out / "checkpoint")
+            if experiment.privacy and experiment.privacy.noise == "os":
+                releases = privacy.Releases(out / "checkpoint" / privacy.RELEASES)
+                assert isinstance(session.driver, Native)
+                session = session._replace(driver=session.driver.noting(releases.note))
         if deployment:
             files.write(out / NAME, deployment.name.encode())
         began = (out / record.METRICS).exists()
@@ -267,7 +272,7 @@ def run(
         with opened as book:
             try:
                 with stoppable():
-                    state = _rounds(session, state, done, last, account, store, origin, book, show)
+                    state, last = _rounds(session, state, done, last, account, releases, store, origin, book, show)
             except KeyboardInterrupt:
                 book.finish("stopped", params_sha256=None, error="interrupted")
                 raise
@@ -295,12 +300,13 @@ def _rounds(
     done: int,
     last: int,
     account: Account | None,
+    releases: privacy.Releases | None,
     store: checkpoint.Store,
     origin: Mapping[str, Any],
     book: record.Record,
     show: Callable[[Mapping[str, Any]], None],
-) -> Any:
-    """Run what is left, writing each round's line before its checkpoint."""
+) -> tuple[Any, int]:
+    """Run what is left, writing each round's line before its checkpoint: the state, and the last round there was."""
     experiment = session.experiment
     every = experiment.evaluate.every
     dumped = config.dump(experiment)
@@ -308,11 +314,16 @@ def _rounds(
     def due(round: int) -> bool:
         return round % every == 0 or round == last
 
-    steps = rounds(session.driver, state, done + 1, last, due)
-    for number in range(done + 1, last + 1):
+    steps, number = rounds(session.driver, state, done + 1, last, due), done
+    while number < last:
+        number += 1
         try:
             leaked = leaks(session, state, number, book.folder)  # what this round sends, before it does
             finished = next(steps)
+            if account:
+                others = releases.others(number) if releases else 0
+                account = account.after(number, 1 + others)
+                last = account.last(number, last) if others else last
             line = measure(session, finished, due(number))
         except FedsimError:
             raise
@@ -324,7 +335,6 @@ def _rounds(
             ) from e
         state = finished.state
         if account:
-            account = account.after(number)
             line = privacy.public(account, line)
         line |= leaked
         try:
@@ -339,7 +349,7 @@ def _rounds(
         except OSError as e:
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
         show(line)
-    return state
+    return state, last
 
 
 def leaks(session: Session, state: Any, round: int, folder: Path) -> dict[str, float]:

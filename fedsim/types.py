@@ -131,6 +131,7 @@ class Local(NamedTuple):
     unbatchable: why a block of clients cannot run at once, or None
     model:    (shared, carry) -> the client's model as its work stands, where it has one; for measuring only
     varies:   whether the shapes of what is sent differ from client to client, by what each remembers from its start on
+    secret:   whether the draws protect somebody: then no two broadcasts are answered with the same ones
     """
 
     init: Callable[[Payload, Payload, Visit], Any]
@@ -141,6 +142,7 @@ class Local(NamedTuple):
     unbatchable: str | None = None
     model: Callable[[Payload, Any], Tree] | None = None
     varies: bool = False
+    secret: bool = False
 
 
 class Report(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from fedsim import tree
-from fedsim.block import Work
+from fedsim.block import Work, asked
 from fedsim.errors import FedsimError
 from fedsim.grids.inline import Executor
 from fedsim.rng import Key
@@ -16,6 +16,7 @@ from server import sampling
 from server.reduce import collect
 
 S = TypeVar("S")
+Note = Callable[[int, int, Any], None]  # of a round, a phase, and the state that came of it
 
 
 class Trained(NamedTuple):
@@ -111,12 +112,19 @@ class Native(Generic[S]):
         self._strategy, self._executor, self._key = strategy, executor, key
         self._population, self._cohort, self._panel = population, cohort, panel
         self._streams = streams or key
+        self._note: Note | None = None
         self._choose = choose or (lambda round: sampling.uniform(key.at("cohort", round), population, cohort))
 
     def over(self, executor: Executor, choose: Callable[[int], list[int]] | None) -> "Native[S]":
         """The same server with its clients elsewhere; ``choose`` as before where None."""
         other = copy.copy(self)
         other._executor, other._choose = executor, choose or self._choose
+        return other
+
+    def noting(self, note: Note) -> "Native[S]":
+        """The same server, which tells of each state before anybody sees it."""
+        other = copy.copy(self)
+        other._note = note
         return other
 
     @property
@@ -128,7 +136,8 @@ class Native(Generic[S]):
         return self._strategy.init(self._key.at("init").torch())
 
     def train(self, state: S, round: int) -> tuple[S, Trained]:
-        return run_round(self._strategy, state, round, self._choose(round), self._executor, self._streams)
+        cohort = self._choose(round)
+        return run_round(self._strategy, state, round, cohort, self._executor, self._streams, self._note)
 
     def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None:
         if self._panel is None:
@@ -149,19 +158,27 @@ class Native(Generic[S]):
 
 
 def run_round(
-    strategy: Strategy[S], state: S, round: int, cohort: list[int], executor: Executor, key: Key
+    strategy: Strategy[S],
+    state: S,
+    round: int,
+    cohort: list[int],
+    executor: Executor,
+    key: Key,
+    note: Note | None = None,
 ) -> tuple[S, Trained]:
-    """One round: every phase is broadcast, worked on, reduced, and taken into the state."""
+    """One round: every phase is broadcast, worked on, reduced, and taken into the state; ``note`` is told of it."""
     metrics: dict[str, float] = {}
     clients = examples = down = up = 0
     failures: list[Failure] = []
     for i, phase in enumerate(strategy.phases):
-        work = Work(round, i, phase.local, phase.broadcast(state), key)
+        work = asked(round, i, phase.local, phase.broadcast(state), key)
         outcome = executor.map(work, cohort, phase.reduce)
         result: Any = phase.reduce.finish(outcome.folded)
         if result is not None:
             state = phase.finish(state, result)
             metrics |= getattr(result, "metrics", {})
+            if note:
+                note(round, i, state)
         clients, examples = max(clients, outcome.clients), max(examples, outcome.examples)
         down, up = down + outcome.bytes_down, up + outcome.bytes_up
         failures += outcome.failures

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim import tree
 from fedsim.config import AdaptiveClip
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
@@ -36,17 +37,20 @@ CHANNEL = "privacy"  # of the broadcast: the norm that this round's updates are 
 GRID = 2.0**-20  # of a standard deviation
 
 
-def silent(strategy: Strategy[S]) -> Strategy[S]:
-    """The strategy without its clients' metrics: a training loss is a function of raw examples, and has no noise."""
-    phases = tuple(phase._replace(local=_without_metrics(phase.local)) for phase in strategy.phases)
+def silent(strategy: Strategy[S], secret: bool) -> Strategy[S]:
+    """The strategy without its clients' metrics; ``secret``: its draws protect somebody.
+
+    A training loss is a function of raw examples, and has no noise.
+    """
+    phases = tuple(phase._replace(local=_silent(phase.local, secret)) for phase in strategy.phases)
     return strategy._replace(phases=phases)
 
 
-def _without_metrics(local: Local) -> Local:
+def _silent(local: Local, secret: bool) -> Local:
     def final(shared: Payload, carry: Any) -> Done:
         return local.final(shared, carry)._replace(metrics={})
 
-    return local._replace(final=final)
+    return local._replace(final=final, secret=secret)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Mechanism:
     cohort: int  # q N, the expected number of clients: the denominator
     key: Key | None
     adaptive: AdaptiveClip | None = None
+    repeatable: bool = False  # the noise follows from round and phase alone, and protects nobody
 
     @property
     def bit_sigma(self) -> float:
@@ -102,7 +107,7 @@ def client_level(strategy: Strategy[S], mechanism: Mechanism) -> Strategy[Guarde
     _ = mechanism.value_sigma
     if mechanism.adaptive and len(strategy.phases) > 1:
         raise ConfigError("privacy.adaptive: needs a strategy of one exchange a round; phases differ in their norms")
-    quiet = silent(strategy)
+    quiet = silent(strategy, not mechanism.repeatable)
     state, memory = strategy.init(Key.root(0).at("template").torch()), Payload()
     phases: list[Phase[Guarded[S]]] = []
     for i, phase in enumerate(quiet.phases):
@@ -141,10 +146,11 @@ def noisy(phase: Phase[S], i: int, phases: int, mechanism: Mechanism, template: 
         return clipped
 
     def finish(state: Guarded[S], total: Clipped) -> Guarded[S]:
-        value = release(total, template, mechanism, state.clip, stream(mechanism, state.round, i))
+        key = stream(mechanism, state.round, i, total)
+        value = release(total, template, mechanism, state.clip, key)
         inner = phase.finish(state.inner, Mean(value, {}, mechanism.cohort, 0))
         last = i == phases - 1
-        bound = next_clip(state.clip, total.bit, mechanism, state.round) if mechanism.adaptive else state.clip
+        bound = next_clip(state.clip, total.bit, mechanism, key.at("clip")) if mechanism.adaptive else state.clip
         return Guarded(inner, state.round + last, bound)
 
     nothing = Clipped({}, 0.0)
@@ -254,11 +260,21 @@ def add(a: Clipped, b: Clipped) -> Clipped:
     return Clipped(a.value, a.bit + b.bit)
 
 
-def stream(mechanism: Mechanism, round: int, phase: int) -> Key:
-    """The noise of this round and phase, and of no other."""
+def stream(mechanism: Mechanism, round: int, phase: int, total: Clipped) -> Key:
+    """The noise of this sum in this round and phase, and of no other.
+
+    A round that is run again gives the same sum, and is then the same release; but if somebody is missing this time,
+    the same noise would cancel out of the difference, and leave what the missing one had sent. To who does not have
+    the key, streams of different names are unrelated.
+    """
     if mechanism.key is None:
         raise ValueError("only the server has the key that the noise is drawn from")
-    return mechanism.key.at("noise", round, "phase", phase)
+    key = mechanism.key.at("noise", round, "phase", phase)
+    if mechanism.repeatable:
+        return key
+    parts = {f"{channel}.{name}": x for channel, part in total.value.items() for name, x in part.items()}
+    what = tree.digest(parts | {"bits": torch.tensor(total.bit, dtype=torch.float64)})
+    return key.at("sum", what)
 
 
 def release(total: Clipped, template: Payload, mechanism: Mechanism, bound: float, key: Key) -> Payload:
@@ -286,9 +302,9 @@ def gaussian(key: Key, deviation: float, shape: tuple[int, ...]) -> Any:
     return key.numpy().standard_normal(shape) * deviation
 
 
-def next_clip(bound: float, bits: float, mechanism: Mechanism, round: int) -> float:
+def next_clip(bound: float, bits: float, mechanism: Mechanism, key: Key) -> float:
     """C after a round in which Σ (b_k − ½) = ``bits``."""
     assert mechanism.adaptive
-    noise = float(gaussian(stream(mechanism, round, -1), mechanism.bit_sigma, ()))
+    noise = float(gaussian(key, mechanism.bit_sigma, ()))
     share = 0.5 + (bits + noise) / mechanism.cohort
     return bound * math.exp(-mechanism.adaptive.rate * (share - mechanism.adaptive.quantile))

@@ -47,6 +47,15 @@ def test_steps(examples: int, size: int, steps: int) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(plan, longer, strict=False))
 
 
+def test_secret_draws_are_of_the_broadcast() -> None:
+    """Asked again with another model, a client must not answer with the same noise."""
+    local, other = recorder(Schedule(3)), {c: {n: x + 1 for n, x in part.items()} for c, part in SHARED.items()}
+    secret = local._replace(secret=True)
+    first, again = (block.asked(1, 0, secret, SHARED, KEY).key for _ in range(2))
+    assert first == again and len({KEY, first, block.asked(1, 0, secret, other, KEY).key}) == 3
+    assert block.asked(1, 0, local, SHARED, KEY).key == KEY
+
+
 def test_shuffling() -> None:
     plan = batches(Schedule(10, epochs=2), 10, KEY)
     assert not np.array_equal(plan[0], plan[1]), "epochs are shuffled anew"

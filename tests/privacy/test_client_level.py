@@ -188,6 +188,9 @@ def test_without_a_key_nothing_is_released() -> None:
         phase.finish(strategy.init(Key.root(0).torch()), phase.reduce.finish(None))
 
 
+NOTHING = Clipped({}, 0.0)
+
+
 def released(sigma: float, dtype: torch.dtype, size: int = 1_000_000, **change: Any) -> Tensor:
     """The noise of an empty release of one big tensor and two small ones, in units of σ C / (q N)."""
     template: Payload = {
@@ -195,7 +198,7 @@ def released(sigma: float, dtype: torch.dtype, size: int = 1_000_000, **change: 
         "v": {"w": torch.zeros(7, dtype=dtype)},
     }
     mechanism = Mechanism(sigma, C, 10, Key.root(5), **change)
-    out = wrap.release(Clipped({}, 0.0), template, mechanism, C, wrap.stream(mechanism, 3, 0))
+    out = wrap.release(NOTHING, template, mechanism, C, wrap.stream(mechanism, 3, 0, NOTHING))
     assert all(
         out[c][n].dtype == dtype and out[c][n].shape == x.shape for c, p in template.items() for n, x in p.items()
     )
@@ -229,18 +232,34 @@ def test_noise_is_independent_over_rounds_phases_tensors_and_parameters() -> Non
     template: Payload = {"delta": {"w": like, "v": like}, "control": {"w": like}}
     rows = []
     for round, phase in ((0, 0), (0, 1), (1, 0), (2, 0)):
-        out = wrap.release(Clipped({}, 0.0), template, mechanism, 1.0, wrap.stream(mechanism, round, phase))
+        out = wrap.release(NOTHING, template, mechanism, 1.0, wrap.stream(mechanism, round, phase, NOTHING))
         rows += [x.numpy() for part in out.values() for x in part.values()]
     correlation = np.corrcoef(rows) - np.eye(len(rows))
     assert np.abs(correlation).max() < 5 / math.sqrt(n)
     assert float((rows[0] - rows[-3]).std()) == pytest.approx(math.sqrt(2), rel=0.01)
 
 
+def test_a_sum_without_one_client_has_noise_of_its_own() -> None:
+    """A round that is run again, with a client missing: the same noise would cancel, and leave what that one sent."""
+    mechanism, ones = Mechanism(1.0, C, 4, Key.root(5)), torch.ones(1000, dtype=torch.float64)
+    template: Payload = {"delta": {"w": torch.zeros(1000, dtype=torch.float64)}}
+
+    def noise(total: float, bit: float = 0.0) -> Tensor:
+        sums = Clipped({"delta": {"w": total * ones}}, bit)
+        out = wrap.release(sums, template, mechanism, C, wrap.stream(mechanism, 3, 0, sums))
+        return out["delta"]["w"] * 4 - total
+
+    all_of_them = noise(3.0)
+    assert torch.equal(all_of_them, noise(3.0))
+    for other in (noise(2.0), noise(3.0, 0.5)):
+        assert float((all_of_them - other).std()) == pytest.approx(C * math.sqrt(2), rel=0.1)
+
+
 def test_the_noise_is_not_that_of_the_seed() -> None:
     a = released(1.0, torch.float64, 100)
     mechanism = Mechanism(1.0, C, 10, Key(5, b"0123456789abcdef"))
     template: Payload = {"delta": {"w": torch.zeros(100, dtype=torch.float64)}}
-    b = wrap.release(Clipped({}, 0.0), template, mechanism, C, wrap.stream(mechanism, 3, 0))["delta"]["w"]
+    b = wrap.release(NOTHING, template, mechanism, C, wrap.stream(mechanism, 3, 0, NOTHING))["delta"]["w"]
     assert not torch.equal(a, b.double() * 10 / C)
 
 
@@ -249,7 +268,7 @@ def test_a_release_lies_on_a_grid_that_noise_does_not_notice() -> None:
     template: Payload = {"delta": {"w": torch.zeros(1000, dtype=torch.float64)}}
     mechanism = Mechanism(1.7, C, 1, Key.root(5))
     total = Clipped({"delta": {"w": torch.linspace(0, 1, 1000, dtype=torch.float64)}}, 0.0)
-    out = wrap.release(total, template, mechanism, C, wrap.stream(mechanism, 0, 0))["delta"]["w"]
+    out = wrap.release(total, template, mechanism, C, wrap.stream(mechanism, 0, 0, total))["delta"]["w"]
     grid = 2.0 ** math.floor(math.log2(1.7 * C * 2.0**-20))
     assert torch.equal(torch.round(out / grid) * grid, out)
 
@@ -310,7 +329,8 @@ def test_the_clipping_norm_follows_the_quantile() -> None:
     assert state.clip == pytest.approx(C * math.exp(-0.2 * 0.25), rel=1e-6)
     assert strategy.gauges and strategy.gauges(state) == {"clip": state.clip}
     noise = [
-        wrap.next_clip(1.0, 0.0, Mechanism(1.0, C, 4, Key.root(1), AdaptiveClip(bit_noise=2.0)), r) for r in range(4000)
+        wrap.next_clip(1.0, 0.0, Mechanism(1.0, C, 4, None, AdaptiveClip(bit_noise=2.0)), Key.root(1).at(r))
+        for r in range(4000)
     ]
     assert float(np.std(np.log(noise))) == pytest.approx(0.2 * 2.0 / 4, rel=0.05)
 
@@ -349,7 +369,7 @@ def test_every_shipped_strategy_that_reduces_by_a_mean_composes(name: str) -> No
     except ConfigError as e:
         pytest.skip(f"not for this task: {e}")
     means = [phase.reduce.mean for phase in strategy.phases]
-    mechanism = Mechanism(0.5, C, 4, Key.root(1))
+    mechanism = Mechanism(0.5, C, 4, Key.root(1), repeatable=True)  # else rounding would draw other noise
     if any(mean != "uniform" for mean in means) or not any(strategy.sends):
         with pytest.raises(ConfigError, match=r"privacy\.mode|strategy\.weighting"):
             client_level(strategy, mechanism)

@@ -229,7 +229,7 @@ def added_up(right: Any) -> Any:
 
 def one_stream(right: Any) -> Any:
     """D12: the same noise in every round."""
-    return lambda mechanism, round, phase: right(mechanism, 0, phase)
+    return lambda mechanism, round, phase, total: right(mechanism, 0, phase, Clipped({}, 0.0))
 
 
 def one_tensor_stream(right: Any) -> Any:

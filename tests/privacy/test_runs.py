@@ -14,6 +14,7 @@ from fedsim import run as running
 from fedsim.errors import ResumeError
 from fedsim.privacy import EVERYBODY
 from runs import experiment, lines
+from server import loop
 from server.ledger import Entry
 from strategies import fedavg
 
@@ -77,6 +78,47 @@ def test_the_key_is_secret_kept_and_needed(tmp_path: Path, level: tuple[str, ...
     key.unlink()
     with pytest.raises(ResumeError, match="other noise would be a second release"):
         running.run(experiment(*level, "rounds=3"), out, resume=True)
+
+
+@LEVELS
+def test_a_replay_that_is_another_release_is_paid_for(
+    tmp_path: Path, level: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds are released and no checkpoint is left; then a client is missing from the first one."""
+    out = tmp_path / "out"
+    setup = experiment(*level, "checkpoint.every=5", "rounds=3")
+
+    def show(line: Any) -> None:
+        if line["round"] == 2:
+            raise Killed
+
+    for _ in range(2):  # the second time is the same release, and costs nothing
+        with pytest.raises(Killed):
+            running.run(setup, out, show=show, resume=(out / "config.toml").exists())
+    seen = (out / "checkpoint" / privacy.RELEASES).read_text().splitlines()
+    assert [line.split()[:2] for line in seen] == [["1", "0"], ["2", "0"]]
+    run_round = loop.run_round
+
+    def without_one(strategy: Any, state: Any, round: int, cohort: list[int], *rest: Any) -> Any:
+        return run_round(strategy, state, round, cohort[:-1] if round == 1 else cohort, *rest)
+
+    monkeypatch.setattr(loop, "run_round", without_one)
+    private = running.build(setup).private
+    running.run(setup, out, resume=True)
+    spent = privacy.Ledger.load(ledger_of(out)["ledger"])
+    assert private
+    expected = privacy.EMPTY
+    for round in (1, 1, 2, 2, 3):
+        expected = expected.spend(private.costs(round))
+    assert spent == expected
+
+
+def test_a_replay_may_use_up_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy.Releases, "others", lambda self, round: 1)  # every round was something else before
+    four = privacy.ledger.epsilon((Entry(1.0, 4 / 12, 4),), 1e-3, "rdp")
+    out = running.run(experiment(*CLIENT, "rounds=9", f"privacy.max_epsilon={four}"), tmp_path / "out")
+    assert out["status"] == "stopped" and "round 3 would have spent more" in out["error"]
+    assert ledger_of(tmp_path / "out")["ledger"] == {str(EVERYBODY): [[1.0, 4 / 12, 4]]}
 
 
 @LEVELS
