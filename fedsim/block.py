@@ -49,9 +49,13 @@ def asked(round: int, phase: int, local: Local, shared: Payload, key: Key) -> Wo
     have none.
     """
     if local.secret:
-        parts = {f"{channel}.{name}": x for channel, part in shared.items() for name, x in part.items()}
-        key = key.at("broadcast", tree.digest(parts))
+        key = key.at("broadcast", named(shared))
     return Work(round, phase, local, shared, key)
+
+
+def named(payload: Payload) -> str:
+    """A payload's digest."""
+    return tree.digest({f"{channel}.{name}": x for channel, part in payload.items() for name, x in part.items()})
 
 
 class Guest(NamedTuple):

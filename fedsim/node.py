@@ -6,6 +6,7 @@ on its own disk, in a folder named by the node config ``state`` (else ``$FLWR_HO
     cache/<hash>.safetensors                   the client's own examples, cut from the experiment's data set once
     runs/<run>/<client>/<round>-<phase>.safetensors   what the client remembers since then
     noise.key                                  names the noise of example-level privacy; 0600, made here, stays here
+    spent                                      what visits have cost, where the node has a budget (``fedsim.budget``)
 
 A node holds the client ``partition-id`` of the experiment's partition, or, where its node config says
 ``data = "folder"``, the examples in ``folder/examples.safetensors`` (tensors ``x`` and ``y``, metadata ``classes``).
@@ -29,12 +30,13 @@ from flwr.clientapp import ClientApp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedsim import config, files, offline, process, registry
-from fedsim.block import Guest, Work
+from fedsim import budget, config, files, offline, process, registry
+from fedsim.block import Guest, Work, named
 from fedsim.checkpoint import pack, unpack
 from fedsim.config import Experiment
 from fedsim.data.dataset import Dataset, Federation, Indices, Split, validate
 from fedsim.errors import ConfigError, DataError, FedsimError
+from fedsim.grids.flower import to_payload
 from fedsim.rng import Key
 from fedsim.types import Done, Local, Payload, Task
 
@@ -239,11 +241,19 @@ def app(message: Message, context: Context) -> ClientApp:
     task: Task = registry.load("tasks", experiment.task.model).build(experiment.task, mine.dataset, len(mine))
     key, memories = Key.root(experiment.seed), OnDisk(state / "runs")
     header = message.content.config_records.get("fedsim", ConfigRecord())
+    limit, phase = budget.of_node(context.node_config, state), int(header.get("phase", 0))  # type: ignore[arg-type]
+    if limit:
+        budget.check(experiment, phase)
     strategy: Any
     if experiment.privacy:
         strategy, key = _private(experiment, task, state, header)
     else:
         strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
+
+    if limit:
+        visit = [str(header.get("run", "")), str(header["round"]), str(phase), named(to_payload(message.content))]
+        sigma = float(header["sigma"])  # type: ignore[arg-type]
+        limit.spend(":".join(visit), budget.cost(strategy, phase, sigma, mine, client_of(context.node_config)))
 
     if not hasattr(strategy, "phases"):  # a strategy of Flower's: its clients do local SGD
         from fedsim.types import Phase, Strategy

@@ -194,6 +194,8 @@ def deployed(session: Session, deployment: Deployment) -> Session:
     sigma = {"sigma": private.sigma} if private and private.config.mode == "example" else {}
     least = cohort if isinstance(driver, foreign.Driver) else 1  # Flower's strategies would wait without end
     nodes = deployment.connect(population, least, sigma)
+    if sigma:
+        nodes.expected = lambda client: session.federation.size(client, "train")
 
     def on_failure(failures: tuple[Failure, ...], work: Work) -> None:
         check(failures, experiment.engine, work)

@@ -69,6 +69,7 @@ class Nodes(Grid):
         self._asked: dict[str, int] = {}  # query -> node
         self._known: set[int] = set()
         self._met = False  # whether everybody was waited for once
+        self.expected: Callable[[int], int] | None = None  # how many examples a client must have, where that matters
 
     # What the engine asks
 
@@ -143,6 +144,11 @@ class Nodes(Grid):
         other = self._members.get(client)
         if other is not None and other.node != node:
             raise FedsimError(f"two nodes say that they are client {client}")
+        if self.expected is not None and examples != self.expected(client):
+            raise FedsimError(
+                f"client {client} has {examples} examples at its node and {self.expected(client)} in the config, and "
+                "epsilon is counted for the latter: let the config's data be what the nodes hold"
+            )
         self._members[client] = Member(node, examples)
 
     # Flower's Grid

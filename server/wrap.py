@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim import tree
+from fedsim.block import named
 from fedsim.config import AdaptiveClip
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
@@ -272,9 +272,8 @@ def stream(mechanism: Mechanism, round: int, phase: int, total: Clipped) -> Key:
     key = mechanism.key.at("noise", round, "phase", phase)
     if mechanism.repeatable:
         return key
-    parts = {f"{channel}.{name}": x for channel, part in total.value.items() for name, x in part.items()}
-    what = tree.digest(parts | {"bits": torch.tensor(total.bit, dtype=torch.float64)})
-    return key.at("sum", what)
+    bits = {"bits": {"sum": torch.tensor(total.bit, dtype=torch.float64)}}
+    return key.at("sum", named({**total.value, **bits}))
 
 
 def release(total: Clipped, template: Payload, mechanism: Mechanism, bound: float, key: Key) -> Payload:

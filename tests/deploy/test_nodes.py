@@ -15,6 +15,8 @@ from fedsim import node
 from fedsim.errors import ClientError, ConfigError, FedsimError, ResumeError
 from fedsim.run import run
 from runs import experiment, lines
+from server import ledger
+from server.ledger import Entry
 
 SMALL = ("rounds=3", "data.partition.clients=3", "strategy.cohort=2")
 # Of each kind: one exchange, stateful, two exchanges, a hypernetwork, adapters, a server's optimiser, a stranger's.
@@ -49,6 +51,47 @@ def test_private_noise_is_the_nodes_own(tmp_path: Path) -> None:
     deployed(secret, tmp_path / "secret", tmp_path / "nodes")
     keys = {path.read_text() for path in (tmp_path / "nodes").glob("*/noise.key")}
     assert len(keys) == 3 and all(p.stat().st_mode & 0o077 == 0 for p in (tmp_path / "nodes").glob("*/noise.key"))
+
+
+PRIVATE = (
+    *SMALL, "strategy.name=fedavg", "strategy.cohort=3", "data.holdout=0.0",
+    "privacy={mode='example', noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-3}",
+)  # fmt: skip
+
+
+def test_epsilon_is_counted_for_the_examples_that_nodes_have(tmp_path: Path) -> None:
+    def tamper(client: int, message: Message, reply: Message) -> Message:
+        if client == 1 and message.metadata.message_type == "query":
+            reply.content["about"] = MetricRecord({"partition-id": 1, "train": 100, "holdout": 0, "remembers": 0})
+        return reply
+
+    with pytest.raises(FedsimError, match="client 1 has 100 examples at its node and 479 in the config"):
+        deployed(experiment(*PRIVATE), tmp_path / "out", tmp_path / "nodes", tamper=tamper)
+
+
+def test_a_node_keeps_to_a_budget_of_its_own(tmp_path: Path) -> None:
+    """Of 479 examples, visits of 15 steps at q = 32/479 with σ = 1: two are within the budget, over all runs."""
+    two = ledger.epsilon((Entry(1.0, 32 / 479, 30),), 1e-5, "rdp")
+
+    def given(**more: Any) -> Callable[[Any], None]:
+        return lambda wires: wires.given.update(more)
+
+    frugal = given(**{"max-epsilon": 1.001 * two, "delta": 1e-5})
+    with pytest.raises(ClientError, match=r"failed in round 3.*would have cost"):
+        deployed(experiment(*PRIVATE), tmp_path / "one", tmp_path / "nodes", change=frugal)
+    spent = (tmp_path / "nodes" / "0" / "spent").read_text().splitlines()
+    assert len(spent) == 2 and all(line.endswith(" 15") for line in spent)
+    # The round that failed is asked for again, and the two before are on disk: another server gets nothing.
+    with pytest.raises(ClientError, match=r"failed in round 1.*would have cost"):
+        deployed(experiment(*PRIVATE, "task.model=mlp"), tmp_path / "two", tmp_path / "nodes", change=frugal)
+    refused = {
+        "'delta' in its node config": (PRIVATE, given(**{"max-epsilon": 1.0})),
+        "only with secret noise": ((*SMALL, "strategy.name=fedavg"), frugal),
+        "scores have no noise": ((*PRIVATE, "data.holdout=0.2", "engine.on_error=drop"), frugal),
+    }
+    for reason, (of, change) in refused.items():
+        with pytest.raises(FedsimError, match=reason):
+            deployed(experiment(*of), tmp_path / reason[:4], tmp_path / "others", change=change)
 
 
 def test_a_run_resumes_to_the_same_bits_with_memories_that_are_ahead(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Wires(MessageGrid):
         self._toml = tomli_w.dumps(config.dump(experiment))
         self.nodes = {(7919 * (client + 3)) % 100_003: client for client in reversed(range(population))}
         self.silent: set[int] = set()  # clients that never answer
+        self.given: dict[str, Any] = {}  # more of their node config
         self.calls = 0
 
     def get_node_ids(self) -> Iterable[int]:
@@ -44,6 +45,7 @@ class Wires(MessageGrid):
         client = self.nodes[message.metadata.dst_node_id]
         self.calls += 1
         node_config = {"partition-id": client, "num-partitions": 3, "state": str(self._folder / str(client))}
+        node_config |= self.given
         context = Context(RUN_ID, message.metadata.dst_node_id, node_config, RecordDict(), {"experiment": self._toml})
         try:
             reply = clients.app.app(message, context)
