@@ -87,7 +87,7 @@ def test_a_node_keeps_to_a_budget_of_its_own(tmp_path: Path) -> None:
     refused = {
         "'delta' in its node config": (PRIVATE, given(**{"max-epsilon": 1.0})),
         "only with secret noise": ((*SMALL, "strategy.name=fedavg"), frugal),
-        "scores have no noise": ((*PRIVATE, "data.holdout=0.2", "engine.on_error=drop"), frugal),
+        "scores have no noise": ((*PRIVATE, "data.holdout=0.2"), frugal),
     }
     for reason, (of, change) in refused.items():
         with pytest.raises(FedsimError, match=reason):
