@@ -36,7 +36,7 @@ import torch
 from flwr.app import Context, Message
 from torch import Tensor
 
-from fedsim import config, offline, registry, worker
+from fedsim import config, offline, registry, tree, worker
 from fedsim.block import Guest, Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Dataset, Federation, Partition, Split
@@ -72,6 +72,7 @@ START = 180.0  # seconds in which a worker must be there
 DEATHS = 2  # of workers on one block alone, before it is taken apart
 SHARE = 1.25  # a free worker takes this part of its share of what is left: most of it at first, little at the end
 STILLBORN = 3  # workers in a row that die before they are there
+CONTEXT = 600 << 20  # bytes of a GPU that CUDA takes for each process
 STORE = 1 << 28  # bytes of the object store besides what is known to go in
 U = TypeVar("U")
 
@@ -449,6 +450,13 @@ class Cluster:
             shutil.rmtree(self._home, ignore_errors=True)
 
 
+def probed(run: Callable[[], U], device: torch.device) -> tuple[U, int]:
+    """What comes of a run, and the bytes of the GPU that a process takes which does the same."""
+    torch.cuda.reset_peak_memory_stats(device)
+    result = run()
+    return result, CONTEXT + torch.cuda.max_memory_reserved(device)
+
+
 class RayGrid(BlockGrid):
     """Every client in one of Ray's workers. Close it, or the workers stay until this process ends."""
 
@@ -456,44 +464,63 @@ class RayGrid(BlockGrid):
         self, experiment: Experiment, federation: Federation, memory: Memory, app: App | None, secret: Key | None
     ) -> None:
         super().__init__(federation, experiment.engine, memory, app)
-        engine, device = experiment.engine, federation.dataset.train.x.device
-        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        data = sum(x.numel() * x.element_size() for s in federation.dataset[1:3] for x in (s.x, s.y))
+        self._experiment, self._secret, self._device = experiment, secret, federation.dataset.train.x.device
         self._cluster = Cluster()
-        asked = None if engine.workers == "auto" else engine.workers
-        of_gpu = (0, 0)
-        if gpus:
-            of_gpu = (
-                torch.cuda.get_device_properties(device).total_memory,
-                max(torch.cuda.max_memory_reserved(device), 1 << 30),
-            )
-        each = need(data)
-        found = place(machines(gpus), asked, each, *of_gpu)
-        self._cluster.start(found.workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
-        tables = config.dump(experiment)
-        tables["engine"] |= {"kind": "inline"}
-        world = ray.put(export(federation))
-        # Where machines were counted, none gets more than it has room for.
-        room = {"memory": each} if asked is None and not self._cluster.ours else {}
-        remote = ray.remote(num_cpus=1, num_gpus=found.share, max_restarts=0, max_task_retries=0, **room)(Actor)
-        driver = Driver(os.environ.get("HOME"), list(sys.path))
-        self.pool = Pool(
-            lambda: remote.remote(tables, world, secret, driver), found.workers, engine.deadline, self._cluster.local
-        )
+        self._workers: Pool | None = None
         self._serial = 0
         self._suspects: set[int] = set()  # clients that have killed workers before
         self.costs: dict[int, Cost] = {}  # of each phase
+        if self._device == tree.HOST or experiment.engine.workers != "auto":
+            self._start()
+
+    @property
+    def pool(self) -> Pool:
+        """The workers; they are started where they were not yet."""
+        if self._workers is None:
+            self._start()
+        assert self._workers
+        return self._workers
+
+    def _start(self, used: int = CONTEXT) -> None:
+        """Start the workers. ``used``: bytes of a GPU that one of them takes."""
+        engine, federation = self._experiment.engine, self.federation
+        gpus = torch.cuda.device_count() if self._device.type == "cuda" else 0
+        data = sum(x.numel() * x.element_size() for s in federation.dataset[1:3] for x in (s.x, s.y))
+        asked = None if engine.workers == "auto" else engine.workers
+        room = torch.cuda.get_device_properties(self._device).total_memory if gpus else 0
+        each = need(data)
+        found = place(machines(gpus), asked, each, room, used)
+        self._cluster.start(found.workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
+        tables = config.dump(self._experiment)
+        tables["engine"] |= {"kind": "inline"}
+        world = ray.put(export(federation))
+        # Where machines were counted, none gets more than it has room for.
+        memory = {"memory": each} if asked is None and not self._cluster.ours else {}
+        remote = ray.remote(num_cpus=1, num_gpus=found.share, max_restarts=0, max_task_retries=0, **memory)(Actor)
+        driver, secret = Driver(os.environ.get("HOME"), list(sys.path)), self._secret
+        self._workers = Pool(
+            lambda: remote.remote(tables, world, secret, driver), found.workers, engine.deadline, self._cluster.local
+        )
         log.info("clients run in %d workers of Ray", found.workers)
         for line in found.table:
             log.info("  %s", line)
 
     def close(self) -> None:
-        self.pool.close()
+        if self._workers is not None:
+            self._workers.close()
         self._cluster.close()
 
     def parts(
         self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], how: Way
     ) -> Iterator[Partial]:
+        if self._workers is None:
+            # How much of a GPU a worker takes, only a block of clients can say: the first one runs here.
+            (start, clients), *blocks = blocks
+            guests = [Guest(c, self.memory.get(c)) for c in clients]
+            run = partial(worker.run, work, self.federation, guests, start, cohort, reduce, how.stacked, how.recorder)
+            first, used = probed(run, self._device)
+            yield first
+            self._start(used)
         self._serial += 1
         send = partial(self._send, self._serial, work, ray.put(pack(work.shared)), cohort, how)
         dangerous = [b for b in blocks if self._suspects & set(b.clients)]
