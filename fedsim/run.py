@@ -119,6 +119,8 @@ def assemble(
     grid = place(ready, federation, memory, app, order, private.key if private else None)
     where, cohort = executor(experiment, federation, grid), experiment.strategy.cohort
     driver = Native(strategy, where, key, population, cohort, panel, streams, choose)
+    if where is grid:
+        grid.cohorts = driver.cohort
     return Session(experiment, federation, task, driver, memory, grid, site, private)
 
 

@@ -135,6 +135,10 @@ class Native(Generic[S]):
     def begin(self) -> S:
         return self._strategy.init(self._key.at("init").torch())
 
+    def cohort(self, round: int) -> list[int]:
+        """The clients that are chosen in a round."""
+        return self._choose(round)
+
     def train(self, state: S, round: int) -> tuple[S, Trained]:
         cohort = self._choose(round)
         return run_round(self._strategy, state, round, cohort, self._executor, self._streams, self._note)

@@ -118,6 +118,9 @@ class BlockGrid(MessageGrid):
     ) -> None:
         super().__init__(len(federation), run_config)
         self.federation, self.engine, self.memory, self.app = federation, engine, memory, app
+        # Who is chosen in a round, where that is known beforehand.
+        self.cohorts: Callable[[int], Sequence[int]] | None = None
+        self._next: tuple[frozenset[int], str, list[int]] = frozenset(), "", []
 
     @abstractmethod
     def parts(
@@ -125,12 +128,19 @@ class BlockGrid(MessageGrid):
     ) -> Iterator[worker.Partial]:
         """The answers to all blocks, in any order and grouping."""
 
+    def prepare(self, work: Work) -> None:
+        """Order the clients of the next round: for a moment in which there is nothing to do but to wait."""
+        if self.cohorts and work.phase >= 0:
+            cohort, split = self.cohorts(work.round + 1), _split(work)
+            self._next = frozenset(cohort), split, canonical(cohort, self.federation, split)
+
     def close(self) -> None:
         """Let go of whatever runs clients elsewhere."""
 
     def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
-        schedule = work.local.passes[0].schedule if work.local.passes else None
-        clients = canonical(cohort, self.federation, schedule.split if schedule else "train")
+        known, of, clients = self._next
+        if of != (split := _split(work)) or known != frozenset(cohort):
+            clients = canonical(cohort, self.federation, split)
         how, n = way(self.engine, self.federation.dataset.train, work.local), len(clients)
         blocks = [Block(start, clients[start : start + how.size]) for start in range(0, n, how.size)]
         fold: Fold[Any] = Fold(n, reduce.merge)
@@ -150,6 +160,11 @@ class BlockGrid(MessageGrid):
             sum(part.bytes_up for part in done),
             tuple(sorted(failure for part in done for failure in part.failures)),
         )
+
+
+def _split(work: Work) -> str:
+    """The split by whose sizes clients are ordered."""
+    return work.local.passes[0].schedule.split if work.local.passes else "train"
 
 
 class InlineGrid(BlockGrid):

@@ -289,8 +289,17 @@ class Pool:
         actor = self._make()
         self._running[actor.hello.remote()] = _Running(actor, [], time.monotonic() + START, hello=True)
 
-    def run(self, units: Sequence[Unit[U]], call: Callable[[Any, list[U]], Any]) -> Iterator[Answer[U]]:
-        """Have all units done, the first ones first. ``call(actor, units)`` sends a message."""
+    def run(
+        self,
+        units: Sequence[Unit[U]],
+        call: Callable[[Any, list[U]], Any],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Iterator[Answer[U]]:
+        """Have all units done, the first ones first. ``call(actor, units)`` sends a message.
+
+        ``meanwhile`` is called once, when everybody is at work.
+        """
+        waited = False
         queue, left = deque(units), sum(u.cost for u in units)
         try:
             while queue or any(r.units for r in self._running.values()):
@@ -300,6 +309,9 @@ class Pool:
                     actor = self._free.pop()
                     until = time.monotonic() + self._deadline if self._deadline else float("inf")
                     self._running[call(actor, [u.what for u in chunk])] = _Running(actor, chunk, until)
+                if not waited and any(r.units for r in self._running.values()):
+                    waited = True
+                    meanwhile()
                 for was, result, how in self._ended():
                     if how is None:
                         self._free.append(was.actor)
@@ -528,7 +540,7 @@ class RayGrid(BlockGrid):
         cost = self.costs.setdefault(work.phase, Cost())
         sizes = {b.start: self._examples(work.local, b) for b in harmless}
         units = [Unit(b, cost.of(sizes[b.start], len(b.clients)), place=b.start // how.size) for b in harmless]
-        for done in self.pool.run(units, send):
+        for done in self.pool.run(units, send, partial(self.prepare, work)):
             if done.died is None:
                 part, seconds = done.result
                 cost.saw(sum(sizes[b.start] for b in done.units), sum(len(b.clients) for b in done.units), seconds)

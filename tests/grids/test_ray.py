@@ -26,6 +26,7 @@ from fedsim import run as running
 from fedsim.benches import proc
 from fedsim.config import Experiment
 from fedsim.errors import ClientError, ConfigError
+from fedsim.grids import inline as grids
 from fedsim.grids.place import Placement
 from fedsim.run import build, run
 
@@ -76,6 +77,29 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_number_of_workers_decides_nothing(cluster: Any, inline: str, workers: int, tmp_path: Path) -> None:
     assert sha(experiment("engine.kind=ray", f"engine.workers={workers}"), tmp_path / "run") == inline
+
+
+def test_the_next_cohort_is_ordered_while_workers_work(
+    cluster: Any, inline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordered: list[frozenset[int]] = []
+    canonical = grids.canonical
+
+    def counted(cohort: Any, *of: Any) -> list[int]:
+        ordered.append(frozenset(cohort))
+        return canonical(cohort, *of)
+
+    monkeypatch.setattr(grids, "canonical", counted)
+    session = build(experiment("engine.kind=ray", "engine.workers=2"))
+    try:
+        cohort, state = session.driver.cohort, session.driver.begin()  # type: ignore[attr-defined]
+        for number in (1, 2):
+            state, _ = session.driver.train(state, number)
+            # Each cohort once: the first one when it is its turn, the others in the round before theirs.
+            assert ordered == [frozenset(cohort(r)) for r in range(1, number + 2)]
+        assert tree.digest(session.driver.params(state)) == inline
+    finally:
+        session.close()
 
 
 def test_messages_give_the_same_bits(cluster: Any, inline: str, tmp_path: Path) -> None:
