@@ -12,10 +12,11 @@ KEPT = 1 << 30
 
 
 def prepare() -> None:
-    """One thread, freed memory kept, and operations with the same bits every time."""
+    """One thread, freed memory kept, operations with the same bits every time, and float32 that is float32."""
     torch.set_num_threads(1)
     keep()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may sum in another order each time
+    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU would round their operands to 10 bits
     # As torch.use_deterministic_algorithms(True, warn_only=True), which would load all of torch._inductor: 1.5 s.
     torch.set_deterministic_debug_mode("warn")
 

@@ -28,7 +28,7 @@ from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
 from fedsim.types import Local, Strategy, Task
-from fedsim.worker import Failure, reason
+from fedsim.worker import Failure, reason, say_once
 from server import foreign
 from server.flower import Messages
 from server.loop import Driver, Native, Panel, Round, rounds
@@ -221,6 +221,8 @@ def device(name: str) -> torch.device:
     """The device of a config's name. Raises ``ConfigError`` where a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: 'cuda' was asked for, but torch sees no GPU here")
+    if name == "cpu" and torch.cuda.is_available():
+        say_once("a GPU is here and not used: engine.device=cuda runs clients on it")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

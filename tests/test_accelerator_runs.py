@@ -4,6 +4,7 @@ Every kind of task, privacy of both levels, an attack, a strategy of Flower's: w
 is refused there, as a GPU would.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from fedsim import run as running
 from fedsim.tasks import adapters
+from fedsim.worker import say_once
 from runs import experiment, lines
 
 SEEDED = "privacy.noise=seeded privacy.noise_multiplier=1.0 privacy.delta=0.001 data.holdout=0"
@@ -73,3 +75,13 @@ def test_a_run_there_has_the_numbers_of_a_run_here(what: str, tmp_path: Path, mo
     assert there["status"] == here["status"] == "completed"
     for a, b in zip(lines(tmp_path / "here"), lines(tmp_path / "there"), strict=True):
         assert b == pytest.approx(a, rel=1e-6, abs=1e-9)
+
+
+def test_a_gpu_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "fedsim"):
+        assert running.device("cpu") == torch.device("cpu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert "not used" not in caplog.text
+        assert [running.device(name).type for name in ("cpu", "cuda", "auto")] == ["cpu", "cuda", "cuda"]
+    assert caplog.text.count("a GPU is here and not used") == 1

@@ -14,6 +14,7 @@ def test_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     process.prepare()
     assert torch.get_num_threads() == 1
     assert torch.get_deterministic_debug_mode() == 1  # warn
+    assert not torch.backends.cudnn.allow_tf32
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     process.prepare()
