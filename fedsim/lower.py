@@ -294,6 +294,8 @@ class Chain:
     def __init__(self, layers: Sequence[Layer], kernels: frozenset[str], widest: int, size: int) -> None:
         """``widest``: the numbers of an example's largest activation; ``size``: bytes of the parameters."""
         self._layers, self._kernels, self._widest, self._bytes = layers, kernels, widest, size
+        # Nothing before this layer has parameters: no gradient by its input is wanted.
+        self._begin = next(i for i, layer in enumerate(layers) if isinstance(layer, Linear | Conv))
 
     def block(self, params: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Values [K] and gradients [K, …]; nothing is changed (``fedsim.autodiff.Block``)."""
@@ -351,8 +353,8 @@ class Chain:
                 h, keep = layer.forward(params, h, clients)
                 kept.append(keep)
             sums, delta = _cross_entropy(h, batch, share)
-            for i in range(len(self._layers) - 1, -1, -1):
-                delta = self._layers[i].backward(params, kept[i], delta, clients, step, _first(self._layers, i))
+            for i in range(len(self._layers) - 1, self._begin - 1, -1):
+                delta = self._layers[i].backward(params, kept[i], delta, clients, step, i == self._begin)
                 kept[i] = None
         return sums
 
@@ -368,11 +370,6 @@ class Lowered:
     def __call__(self, params: Tree, batch: Batch) -> Tensor:
         """The weighted mean over a batch of one client, shape ()."""
         return self._loss(params, batch)
-
-
-def _first(layers: Sequence[Layer], i: int) -> bool:
-    """Whether nothing before layer ``i`` has parameters, so that no gradient by its input is wanted."""
-    return not any(isinstance(layer, Linear | Conv) for layer in layers[:i])
 
 
 def _kernels(w: Tensor) -> Tensor:
@@ -496,7 +493,7 @@ def _translate(
             continue
         if kind is nn.Unflatten and not image:
             shape = _shape_after(part, shape)
-        elif isinstance(part, nn.Flatten) and (part.start_dim, part.end_dim) == (1, -1):
+        elif isinstance(part, nn.Flatten) and kind is nn.Flatten and (part.start_dim, part.end_dim) == (1, -1):
             layers.append(ToFlat() if image else Flat())
             image = False
             shape = (int(torch.Size(shape).numel()),)

@@ -8,6 +8,7 @@ Not supported: the legacy ``client_fn`` and ``NumPyClient``, which Flower has de
 """
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -121,7 +122,8 @@ class AppGrid(MessageGrid):
     def _reply(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         client = self.client(node)
-        context = self.context(client, self._states.get(node, RecordDict()))
+        state = copy.deepcopy(self._states.get(node, RecordDict()))  # of a message that fails, nothing is kept
+        context = self.context(client, state)
         self.messages += 1
         began = time.perf_counter()
         try:

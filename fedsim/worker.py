@@ -4,16 +4,17 @@ Inline, Ray and tests call the same function; it is where a client's failure get
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fedsim import block, tree
 from fedsim.block import Guest, Work
 from fedsim.data.dataset import Federation
-from fedsim.errors import where
+from fedsim.errors import FedsimError, where
 from fedsim.fold import Node, leaves, level
 from fedsim.replay import Recorder
 from fedsim.types import Done, Payload, Reducer, Report, Reports
@@ -67,9 +68,13 @@ def run(
     A block that does not fit a GPU's memory is run as two.
     """
     work = _there(work, federation)
+    broadcast = [(name, x, x._version) for part in work.shared.values() for name, x in part.items()]
+    full = False
     try:
         block_of = _stacked(work, federation, guests, recorder) if batched and work.local.unbatchable is None else None
     except torch.OutOfMemoryError:
+        full = True  # and no more here: as long as the exception is handled, it holds the memory of what failed
+    if full:
         torch.cuda.empty_cache()
         half = 1 << ((len(guests) - 1).bit_length() - 1)  # a node of the fold again
         say_once(
@@ -82,6 +87,7 @@ def run(
     else:
         top = level(start, len(guests), cohort)
         if top is not None and reduce.stack is not None and reduce.screen is None and wrong(block_of.done) is None:
+            _unchanged(broadcast)
             return _whole(block_of, guests, Node(top, start >> top, None), reduce.stack)
         results = iter(block_of.split())
     memory: dict[int, Payload] = {}
@@ -106,7 +112,15 @@ def run(
             yield value
 
     nodes = leaves(lifted(), start, len(guests), reduce.merge, cohort)
+    _unchanged(broadcast)
     return Partial(tree.moved(nodes, tree.HOST), memory, tuple(failures), clients, examples, bytes_up)
+
+
+def _unchanged(broadcast: Iterable[tuple[str, Tensor, int]]) -> None:
+    """Raises ``FedsimError`` where a client has changed what all are sent: the next one would start from that."""
+    for name, x, version in broadcast:
+        if x._version != version:
+            raise FedsimError(f"clients change their broadcast in place ({name}); they must copy it first")
 
 
 def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Callable[[Reports], Any]) -> Partial:
@@ -171,6 +185,8 @@ def wrong(done: Done) -> str | None:
     """Why a client's work must not count: a number that is none, in what it sends, keeps or measures."""
     for whose, payload in (("its update", done.value), ("its memory", done.memory)):
         for channel, part in payload.items():
+            if any(x.is_complex() for x in part.values()):
+                return f"complex numbers in {whose} ({channel}), of which a mean is not defined here"
             if not tree.finite(part):
                 name = next(name for name, x in part.items() if not x.isfinite().all())
                 return f"NaN or Inf in {whose} ({channel}: {name})"

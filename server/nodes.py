@@ -131,6 +131,7 @@ class Nodes(Grid):
     def _hear(self, node: int, reply: Message) -> None:
         if reply.has_error():
             log.warning("a node failed when it was asked who it is: %s", reply.error.reason)
+            self._known.discard(node)  # it is asked again
             return
         try:
             about = reply.content.metric_records["about"]

@@ -63,7 +63,14 @@ def grey() -> nn.Module:
     )
 
 
-MODELS = {"mlp": (mlp, (2, 6, 6)), "cnn": (cnn, (2, 6, 6)), "grey": (grey, (12, 8))}
+def pooled() -> nn.Module:
+    """Layers without parameters come first."""
+    return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5))
+
+
+MODELS = {
+    "mlp": (mlp, (2, 6, 6)), "cnn": (cnn, (2, 6, 6)), "grey": (grey, (12, 8)), "pooled": (pooled, (2, 6, 6)),
+}  # fmt: skip
 
 
 def world(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tree, Batch]:
@@ -210,6 +217,11 @@ def patched() -> nn.Module:
     return net
 
 
+class Half(nn.Flatten):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
 def parametrized() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)))
 
@@ -218,6 +230,7 @@ REFUSED = {
     "a subclass": lambda: nn.Sequential(Twice(4, 5)),
     "frozen": frozen,
     "tied": tied,
+    "a subclass without parameters": lambda: nn.Sequential(Half(), nn.Linear(4, 5)),
     "the same layer twice": same_layer,
     "a hook": hooked,
     "another forward": patched,

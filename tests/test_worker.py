@@ -1,6 +1,7 @@
 """What a worker makes of a run of positions: reports folded, memories kept on its side, failures with names."""
 
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import worlds
 
 from fedsim import block, worker
 from fedsim.block import Guest, Work
+from fedsim.errors import FedsimError
 from fedsim.fold import Fold
 from fedsim.rng import Key
 from fedsim.types import Batch, Done, Local, Pass, Payload, Reducer, Report, Schedule, Visit
@@ -157,10 +159,13 @@ def test_what_a_client_sends_is_not_summed_in_place() -> None:
 
 def test_a_block_that_does_not_fit_is_run_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU would say it: no memory for more than two clients, in a block of five."""
-    stacked, sizes = block.stacked, []
+    stacked, sizes, attempts = block.stacked, [], []
 
     def small(work: Work, federation: Any, guests: Any, recorder: Any) -> Any:
         sizes.append(len(guests))
+        assert not any(attempt() for attempt in attempts), "what failed still holds its memory"
+        held = torch.zeros(1)
+        attempts.append(weakref.ref(held))
         if len(guests) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return stacked(work, federation, guests, recorder)
@@ -183,3 +188,20 @@ def test_one_client_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
     part = go(summing(unbatchable=None), batched=True)
     assert [f.client for f in part.failures] == list(range(5))
     assert all("OutOfMemoryError" in f.reason for f in part.failures)
+
+
+def test_a_broadcast_that_clients_change_is_refused() -> None:
+    """The next client would start from what the last one made of it, and results would depend on their order."""
+
+    def init(shared: Payload, memory: Payload, visit: Visit) -> torch.Tensor:
+        return shared["params"]["w"].mul_(0).sum()
+
+    for batched in (False, True):
+        with pytest.raises(FedsimError, match=r"change their broadcast in place \(w\)"):
+            go(summing(unbatchable=None)._replace(init=init), batched=batched)
+
+
+def test_complex_numbers_are_refused() -> None:
+    """A mean in float64 would keep their real parts without a word."""
+    part = go(summing(lambda total: Done({"sum": {"s": total * 1j}}, {}, {})))
+    assert len(part.failures) == 5 and "complex numbers in its update (sum)" in part.failures[0].reason

@@ -273,6 +273,8 @@ def _checked(module: Any) -> nn.Module:
             raise ConfigError(f"task.model: layer '{name}' ({kind}) has no shape yet; give its input size")
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError("task.model: has no trainable parameter")
+    if (odd := next((n for n, p in module.named_parameters() if p.is_complex()), None)) is not None:
+        raise ConfigError(f"task.model: parameter '{odd}' is complex, and training here is of real numbers")
     return module
 
 
