@@ -101,6 +101,8 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         del out[2]  # a function to be minimised has none
     if s.get("epsilon") is not None:
         out.append(("epsilon", f"{s['epsilon']:.3f}"))
+    elif "epsilon_if_secret" in s:
+        out.append(("epsilon", "no bound: the noise is seeded"))
     out += [
         ("clients/s", number(s.get("client_updates_per_second"), ",.1f")),
         ("bytes", f"{size(s['total_bytes_down'])} down, {size(s['total_bytes_up'])} up"),

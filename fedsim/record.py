@@ -48,6 +48,7 @@ TAGS = {
     "bytes_up": "comm/bytes_up",
     "seconds": "time/seconds",
     "epsilon": "privacy/epsilon",
+    "epsilon_if_secret": "privacy/epsilon_if_secret",
 }
 """TensorBoard's name of each key; per-client results are ``eval/…``, and any other number is a gauge, ``server/…``."""
 

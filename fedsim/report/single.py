@@ -68,6 +68,8 @@ def _header(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     ]
     if summary.get("epsilon") is not None:
         tiles.insert(3, ("privacy loss ε", f"{summary['epsilon']:.3f}"))
+    elif "epsilon_if_secret" in summary:
+        tiles.insert(3, ("privacy loss ε", "no bound (seeded)"))
     badge = f'<span class="badge {escape(status)}">{escape(status)}</span>'
     parts = [
         f'<div class="top"><h1>{escape(config["name"])}</h1>{badge}</div>',
