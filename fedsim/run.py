@@ -244,6 +244,9 @@ def run(
             raise ResumeError(f"--resume: the clients of {out} are a deployment's; go on with fedsim deploy run")
     secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
     session = build(experiment, order, secret)
+    if not session.driver.is_global and not experiment.data.holdout:
+        name = experiment.strategy.name
+        log.warning("data.holdout: is 0, so no accuracy is measured: '%s' has no global model to test", name)
     if deployment:
         session = deployed(session, deployment)
     state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)

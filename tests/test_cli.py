@@ -184,8 +184,9 @@ def test_sweep_and_compare(call: Call, tmp_path: Path) -> None:
     folders = sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir())
     assert folders == [f"seed={s},strategy.lr={lr}" for s in (1, 2) for lr in ("0.05", "0.1")]
     assert (tmp_path / "sweep" / "compare.html").exists()
-    compared = call("compare", *(tmp_path / "sweep" / f for f in folders))
+    compared = call("compare", *sorted(Path("sweep").glob("*")))  # as a shell takes the README's sweep/*
     assert compared.code == 0 and "±" in compared.out
+    assert compared.err == "note: sweep/compare.html: not a run folder; skipped\n"
     # A sweep that was cut short goes on: what is there stays, what is missing is run.
     import shutil
 
@@ -194,6 +195,26 @@ def test_sweep_and_compare(call: Call, tmp_path: Path) -> None:
     assert call("run", file, "seed=1,2", "strategy.lr=0.05,0.1", "--out", "sweep", "--resume").code == 0
     assert runs.summary(tmp_path / "sweep" / folders[0])["params_sha256"] == before
     assert (tmp_path / "sweep" / folders[-1] / "summary.json").exists()
+
+
+def test_clients_own_models_are_a_result(call: Call, tmp_path: Path) -> None:
+    """Strategies without a global model: in the table of the run, in the report, and beside those that have one."""
+    for name in ("local", "fedrep", "fedavg"):
+        file = runs.write(tmp_path / "e.toml", f"strategy.name={name}", "rounds=2", "task.model=mlp")
+        answer = call("run", file, "--out", name)
+        assert answer.code == 0, answer.err
+        assert ("personal" in answer.out) == (name != "fedavg") and (" accuracy " in answer.out) == (name == "fedavg")
+        assert ("of own models" in (tmp_path / name / "report.html").read_text()) == (name != "fedavg")
+    compared = call("compare", "local", "fedavg", "--target", "0.01").out
+    assert re.search(r"^ local .* - +- +0\.\d{4} +[12] ", compared, re.MULTILINE), compared
+
+
+@pytest.mark.parametrize(("name", "holdout", "warned"), [("local", 0.0, 1), ("local", 0.2, 0), ("fedavg", 0.0, 0)])
+def test_a_run_that_measures_nothing_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, holdout: float, warned: int
+) -> None:
+    run(runs.experiment(f"strategy.name={name}", "rounds=1", f"data.holdout={holdout}"), tmp_path / "out")
+    assert caplog.text.count("data.holdout: is 0, so no accuracy is measured: 'local' has no global model") == warned
 
 
 def test_long_names_of_a_sweep_do_not_collide() -> None:
