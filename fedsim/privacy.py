@@ -29,7 +29,7 @@ from clients import dp_sgd
 from fedsim import block, files, registry, tree
 from fedsim.config import Experiment, PrivacyConfig
 from fedsim.data.dataset import Federation
-from fedsim.errors import ConfigError, ResumeError
+from fedsim.errors import BudgetSpent, ConfigError, ResumeError
 from fedsim.rng import Key
 from fedsim.types import Strategy, Task
 from server import ledger, sampling, wrap
@@ -117,7 +117,7 @@ class Account(NamedTuple):
             name = "max_epsilon" if budget == private.config.max_epsilon else "target_epsilon"
             cost = private.epsilon(private.after(done + 1, self.spent, done))
             if done:
-                raise ConfigError(
+                raise BudgetSpent(
                     f"privacy.{name}: {budget:g} is spent after round {done} (epsilon {self.epsilon:.4g}); one more "
                     f"round would make it {cost:.4g}"
                 )
