@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     summary: dict[str, Any] | None
+    code: str = ""  # a digest of the user's own code behind it; "" where there is none
 
     @property
     def scored(self) -> str:
@@ -45,7 +47,8 @@ class Stat(NamedTuple):
 class Row(NamedTuple):
     """A group. Only runs that ended count: a run that was cut short ends at another round than its fellows.
 
-    changed: the dotted config keys in which the groups differ, with this group's values
+    changed: the dotted config keys in which the groups differ, with this group's values; and ``code``, a digest of the
+             user's own code, where that differs under one config
     seeds:   of the runs that ended
     runs:    how many runs there are, ended or not
     personal: the final mean accuracy of clients' own models on their own held-out examples
@@ -124,9 +127,13 @@ def _load(run_dirs: Sequence[Path]) -> list[Run]:
             config = record.read_config(folder)
             if not isinstance(config.get("seed"), int) or "name" not in config.get("strategy", {}):
                 raise ConfigError(f"{folder / record.CONFIG}: has no seed or no strategy")
-            runs.append(Run(folder, config, record.read_lines(folder), record.read_summary(folder)))
+            summary = record.read_summary(folder)
+            runs.append(Run(folder, config, record.read_lines(folder), summary, _code(summary or {})))
         except ConfigError as e:
             problems += e.problems
+    # What has no summary yet is taken for the code of the others like it.
+    codes = {_settings(run): run.code for run in runs if run.summary}
+    runs = [run if run.summary else run._replace(code=codes.get(_settings(run), "")) for run in runs]
     if not run_dirs:
         problems.append("compare: needs at least one run folder")
     if problems:
@@ -145,14 +152,24 @@ def _note(run: Run) -> str:
     return f"{run.folder}: {'; '.join(parts)}" if parts else ""
 
 
-def _key(run: Run) -> str:
+def _code(summary: Mapping[str, Any]) -> str:
+    """What tells the versions of a user's own code apart."""
+    files = summary.get("sources")
+    return sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8] if files else ""
+
+
+def _key(run: Run) -> tuple[str, str]:
     """What runs of one group have in common."""
+    return _settings(run), run.code
+
+
+def _settings(run: Run) -> str:
     return json.dumps({k: v for k, v in run.config.items() if k not in ("name", "seed")}, sort_keys=True, default=str)
 
 
 def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Without repetitions: the same seed twice is one observation, and would make the spread too small."""
-    kept: dict[tuple[str, int], Run] = {}
+    kept: dict[Any, Run] = {}
     notes = []
     for run in runs:
         first = kept.setdefault((_key(run), run.config["seed"]), run)
@@ -166,15 +183,21 @@ def _distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 def _group(runs: Sequence[Run]) -> list[list[Run]]:
     """Groups in the order in which they were given, each sorted by seed."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
         groups.setdefault(_key(run), []).append(run)
     return [sorted(group, key=lambda run: int(run.config["seed"])) for group in groups.values()]
 
 
 def _changed(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
-    """For each group, the keys that are not the same in all groups. A key that a group lacks is None there."""
+    """For each group, the keys that are not the same in all groups. A key that a group lacks is None there.
+
+    The code is one of them where a user's own differs under one config, and else says nothing that this does not.
+    """
     flat = [_flatten({k: v for k, v in g[0].config.items() if k not in ("name", "seed")}) for g in groups]
+    settings = [_settings(group[0]) for group in groups]
+    if len(set(settings)) < len(settings):
+        flat = [f | {"code": group[0].code} for f, group in zip(flat, groups, strict=True)]
     keys = list(dict.fromkeys(key for f in flat for key in f))
     differ = [key for key in keys if any(f.get(key) != flat[0].get(key) for f in flat)]
     # Keys of another strategy's own table say nothing here: only those that this group has are listed.
