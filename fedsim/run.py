@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import attack, checkpoint, config, data, files, privacy, process, record, registry, sources, tree
+from fedsim import attack, checkpoint, config, data, files, offline, privacy, process, record, registry, sources, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -63,6 +63,7 @@ class Session(NamedTuple):
 
 def build(experiment: Experiment, order: Order | None = None, secret: Key | None = None) -> Session:
     """Everything that a run needs. Raises ``ConfigError`` (``DataError``) for what only data can tell."""
+    offline.prepare()
     dtype = torch.float64 if experiment.task.dtype == "float64" else torch.float32
     federation = data.federation(experiment.data, experiment.seed).to(device(experiment.engine.device), dtype)
     population = len(federation)
