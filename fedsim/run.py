@@ -257,6 +257,7 @@ def run(
         if resume and any((out / "checkpoint").glob("round-*")):
             found = store.load(checkpoint.named_tuples(state))
             check_origin(experiment, found, origin)
+            origin = sources.continued(found.extra, origin, found.round, experiment.rounds)
             state, done, extra = found.state, found.round, found.extra
             session.memory.update(found.memory)
             session.memory.changed.clear()
@@ -276,7 +277,7 @@ def run(
         opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
         if began:
             files.write(out / record.CONFIG, tomli_w.dumps(dumped).encode())  # what may change is written as it is now
-        finish = partial(opened.finish, more={name: origin[name] for name in ("sources", "partition")})
+        finish = partial(opened.finish, more={name: origin[name] for name in sources.KEPT if name in origin})
         with opened as book:
             try:
                 with stoppable():
@@ -452,7 +453,7 @@ def check_origin(experiment: Experiment, found: checkpoint.Checkpoint, now: Mapp
         raise ResumeError(
             f"data.name: the examples of '{experiment.data.dataset.name}' are not those the run began with"
         )
-    if files := sources.changed(found.extra, now):
+    if found.round < experiment.rounds and (files := sources.changed(found.extra, now)):
         log.warning(
             "resuming with other code than the run began with, so its rounds do not compare: %s", ", ".join(files)
         )

@@ -18,6 +18,7 @@ from fedsim.data.dataset import Federation
 
 HOME, OURS = Path(__file__).resolve().parent.parent, ("fedsim", "clients", "server", "strategies")
 KNOWN = [name.replace("-", "_") for name in record.PACKAGES]  # their versions say what they are
+KEPT = ("sources", "earlier_sources", "partition")  # of an origin, in the summary of a run
 CLIENTS = 16  # whose examples are looked at: a million clients are not to be drawn
 
 
@@ -61,6 +62,20 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     was, are = before["sources"], now["sources"]
     names = [name for name in sorted(was.keys() | are.keys()) if was.get(name) != are.get(name)]
     return names + ["the partition (clients hold other examples)"] * (before["partition"] != now["partition"])
+
+
+def continued(before: Mapping[str, Any], now: Mapping[str, Any], done: int, rounds: int) -> dict[str, Any]:
+    """The origin of a run that goes on after round ``done``: ``now``, and the code of earlier rounds if it was another.
+
+    Where all ``rounds`` are done, that of ``before``: the code of now has computed none of them.
+    """
+    kept = {name: before[name] for name in KEPT if name in before}
+    if done >= rounds:
+        return {**now, **kept}
+    earlier = kept.get("earlier_sources", [])
+    if kept and kept["sources"] != now["sources"]:
+        earlier = [*earlier, {"until_round": done, **kept["sources"]}]
+    return {**now, **({"earlier_sources": earlier} if earlier else {})}
 
 
 def _where(group: str, name: str) -> tuple[Path | None, Path]:

@@ -96,8 +96,17 @@ def test_it_is_named_when_a_run_goes_on_with_other_code(
         caplog.clear()
         run(mine(f"rounds={rounds}"), tmp_path / "out", resume=True)
         assert [r.message.removeprefix(said) for r in caplog.records if "resuming" in r.message] == named
-    hashes = {name: sha256((tmp_path / name).read_bytes()).hexdigest() for name in FILES}
-    assert runs.summary(tmp_path / "out")["sources"] == hashes
+    done = runs.summary(tmp_path / "out")
+    assert done["sources"] == {name: sha256((tmp_path / name).read_bytes()).hexdigest() for name in FILES}
+    assert [of["until_round"] for of in done["earlier_sources"]] == [2, 3, 4]
+    assert done["earlier_sources"][0][RATE] == sha256(FILES[RATE].encode()).hexdigest() != done["sources"][RATE]
+    write({RATE: "RATE = 0.3\n"})
+    caplog.clear()
+    finished = run(mine("rounds=5"), tmp_path / "out", resume=True)  # in which this rate computes nothing
+    assert finished["sources"] == done["sources"] and "resuming" not in caplog.text
+    write({RATE: "RATE = 0.2\n"})
+    run(mine("rounds=5"), tmp_path / "straight")
+    assert len(report.compare([tmp_path / "out", tmp_path / "straight"])) == 2
 
 
 def test_another_version_is_another_group(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,8 +154,8 @@ def _note(run: Run) -> str:
 
 def _code(summary: Mapping[str, Any]) -> str:
     """What tells the versions of a user's own code apart."""
-    files = summary.get("sources")
-    return sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8] if files else ""
+    files = [summary.get("sources"), *summary.get("earlier_sources", [])]
+    return sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8] if any(files) else ""
 
 
 def _key(run: Run) -> tuple[str, str]:
