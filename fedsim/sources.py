@@ -80,10 +80,10 @@ def continued(before: Mapping[str, Any], now: Mapping[str, Any], done: int, roun
 
 def _where(group: str, name: str) -> tuple[Path | None, Path]:
     """The file of a plugin, where it has one, and the folder that its module is imported from."""
-    if name.endswith(".py"):
-        return Path(name).resolve(), Path(name).resolve().parent
     entry = registry.installed(group).get(name)
-    module = (entry.value if entry and ":" not in name else name).partition(":")[0]
+    module = (entry.value if entry else name).partition(":")[0]
+    if module.endswith(".py"):
+        module = Path(module).stem  # as the registry calls it
     known = getattr(sys.modules.get(module), "__file__", None)
     if known is None:
         return None, HOME
