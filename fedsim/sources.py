@@ -37,11 +37,8 @@ def files(experiment: Experiment) -> dict[str, str]:
     }
     found: dict[str, str] = {}
     for group, name in plugins.items():
-        file, root = _where(group, name)
-        top = file.relative_to(root).parts[0] if file else ""
-        installed = {"site-packages", "dist-packages"} & {*file.parts} if file else set()
-        if file and not (root == HOME and top in OURS) and not (installed and top.removesuffix(".py") in KNOWN):
-            _read(file, root, found, follow=not installed)
+        if where := _where(group, name):
+            _read(*where, found)
     return dict(sorted(found.items()))
 
 
@@ -78,31 +75,34 @@ def continued(before: Mapping[str, Any], now: Mapping[str, Any], done: int, roun
     return {**now, **({"earlier_sources": earlier} if earlier else {})}
 
 
-def _where(group: str, name: str) -> tuple[Path | None, Path]:
-    """The file of a plugin, where it has one, and the folder that its module is imported from."""
+def _where(group: str, name: str) -> tuple[Path, Path] | None:
+    """The file of a plugin that is a user's, and the folder that its module is imported from."""
     entry = registry.installed(group).get(name)
     module = (entry.value if entry else name).partition(":")[0]
     if module.endswith(".py"):
         module = Path(module).stem  # as the registry calls it
-    known = getattr(sys.modules.get(module), "__file__", None)
-    if known is None:
-        return None, HOME
-    file = Path(known).resolve()
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
+    if not file.is_file() or (_installed(file) and module.partition(".")[0] in KNOWN):
+        return None
     return file, file.parents[module.count(".") + (file.name == "__init__.py")]
 
 
-def _read(file: Path, root: Path, found: dict[str, str], follow: bool) -> None:
+def _installed(file: Path) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
+
+
+def _read(file: Path, root: Path, found: dict[str, str]) -> None:
     """Add a file, and what it imports from below ``root``."""
     name = file.relative_to(root)
     if str(name) in found or (root == HOME and name.parts[0] in OURS):
         return
     content = file.read_bytes()
     found[str(name)] = sha256(content).hexdigest()
-    if follow and file.suffix == ".py":
+    if file.suffix == ".py" and not _installed(file):
         packages = [root / folder / "__init__.py" for folder in name.parents[:-1]]
         for needed in (*packages, *_imported(content, file, root)):
             if root in needed.parents and needed.is_file():
-                _read(needed, root, found, follow)
+                _read(needed, root, found)
 
 
 def _imported(content: bytes, file: Path, root: Path) -> Iterator[Path]:
