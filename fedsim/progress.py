@@ -139,7 +139,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    """Seconds for a person: ``0.04 s``, ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

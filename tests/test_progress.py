@@ -144,7 +144,8 @@ def test_size(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.97, "1 min 00 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min")]
+    ("seconds", "text"),
+    [(0.04, "0.04 s"), (0.996, "1.0 s"), (59.97, "1 min 00 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min")],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text
