@@ -84,6 +84,12 @@ def decode(structure: Any, tensors: Mapping[str, Tensor], named: Mapping[str, ty
         case {"named": str(name), "fields": list(fields)}:
             if name not in named:
                 raise ResumeError(f"the checkpoint holds a '{name}', which this strategy does not have")
+            known: tuple[str, ...] = getattr(named[name], "_fields", ())
+            if len(fields) != len(known):
+                raise ResumeError(
+                    f"the strategy's state has other fields than the checkpoint's: '{name}' has {len(known)} of them "
+                    f"and had {len(fields)}"
+                )
             return named[name](*(decode(f, tensors, named) for f in fields))
         case {"tuple": list(items)}:
             return tuple(decode(i, tensors, named) for i in items)

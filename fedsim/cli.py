@@ -19,7 +19,7 @@ import typer.main
 import typer.models
 
 from fedsim import offline
-from fedsim.errors import ConfigError, FedsimError, Stopped
+from fedsim.errors import BudgetSpent, ConfigError, FedsimError, Stopped
 
 app = typer.Typer(
     name="fedsim",
@@ -55,8 +55,8 @@ def run(
     engine: Annotated[Optional[str], typer.Option(help="where clients run: inline or ray")] = None,  # noqa: UP045
     workers: Annotated[Optional[str], typer.Option(help="of engine ray: a number, or auto")] = None,  # noqa: UP045
 ) -> None:
-    """Run an experiment, or a sweep of them."""
-    from fedsim import config, progress
+    """Run an experiment, or a sweep of them. A sweep goes on where one of its runs fails."""
+    from fedsim import config
 
     if resume and out is None:
         raise ConfigError("--resume: needs --out, the folder of the run")
@@ -66,37 +66,69 @@ def run(
     combinations = config.sweep(overrides)
     experiments = [config.parse(config.override(tables, assignments)) for assignments in combinations]
     base = out or Path("runs") / f"{experiments[0].name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    again = shlex.join(["fedsim", "run", str(file), *overrides, "--out", str(base), "--resume"])
+    if len(experiments) > 1:
+        return _sweep(combinations, experiments, base, resume, again)
+    try:
+        return _run(experiments[0], base, resume)
+    except KeyboardInterrupt as e:
+        raise Stopped(f"stopped; {_how_to_go_on(base, again)}", e) from e
+    except ConfigError:
+        raise
+    except FedsimError as e:
+        e.add_note(_how_to_go_on(base, again))
+        raise
 
-    from fedsim.report import compare, write
+
+def _sweep(combinations: list[list[str]], experiments: list[Any], base: Path, resume: bool, again: str) -> None:
+    """Run all, whichever fail; compare what there is, then name the failures. ``again`` is what goes on with them."""
+    from fedsim import progress, record
+    from fedsim.report import compare
+
+    names = [" ".join(assignments) for assignments in combinations]
+    folders = [base / _folder(assignments) for assignments in combinations]
+    failed: list[tuple[str, FedsimError]] = []
+    for name, experiment, folder in zip(names, experiments, folders, strict=True):
+        print(name)
+        try:
+            _run(experiment, folder, resume)
+        except KeyboardInterrupt as e:
+            raise Stopped(f"stopped; to go on with the sweep: {again}", e) from e
+        except BudgetSpent as e:
+            print(f"nothing to do: {e}")  # so it had come to its end
+        except FedsimError as e:
+            progress.warn(f"{e}; going on with the sweep")
+            failed.append((name, e))
+    begun = [folder for folder in folders if (folder / record.CONFIG).exists()]
+    if begun:
+        compare(begun, base / "compare.html")
+    if not failed:
+        return
+    problems = [f"{name}: {line}" for name, e in failed for line in str(e).splitlines()]
+    problems.insert(0, f"{len(failed)} of {len(experiments)} runs failed")
+    if len(failed) == len(experiments) and all(isinstance(e, ConfigError) for _, e in failed):
+        raise ConfigError(*problems)
+    error = FedsimError("\n".join(problems))
+    error.add_note(f"to go on with them: {again}")
+    raise error
+
+
+def _run(experiment: Any, folder: Path, resume: bool) -> None:
+    """One run, with its pictures, and the table at its end."""
+    from fedsim import progress
+    from fedsim.report import write
     from fedsim.run import run as run_one
 
-    folders = []
-    for assignments, experiment in zip(combinations, experiments, strict=True):
-        folder = base if len(experiments) == 1 else base / _folder(assignments)
-        if len(experiments) > 1:
-            print(" ".join(assignments))
-        try:
-            with progress.live(experiment.rounds) as show:
-                summary = run_one(experiment, folder, resume=resume, show=show)
-        except ConfigError:
-            raise
-        except KeyboardInterrupt as e:
-            raise Stopped(f"stopped; {_how_to_go_on(file, assignments, folder)}", e) from e
-        except FedsimError as e:
-            e.add_note(_how_to_go_on(file, assignments, folder))
-            raise
-        _draw_partition(experiment, folder)
-        _draw_embeddings(experiment, folder)
-        progress.closing(summary, write(folder))
-        if (folder / "privacy.txt").exists():
-            print((folder / "privacy.txt").read_text())
-        folders.append(folder)
-    if len(folders) > 1:
-        compare(folders, base / "compare.html")
+    with progress.live(experiment.rounds) as show:
+        summary = run_one(experiment, folder, resume=resume, show=show)
+    _draw_partition(experiment, folder)
+    _draw_embeddings(experiment, folder)
+    progress.closing(summary, write(folder))
+    if (folder / "privacy.txt").exists():
+        print((folder / "privacy.txt").read_text())
 
 
-def _how_to_go_on(file: Path, assignments: list[str], folder: Path) -> str:
-    again = shlex.join(["fedsim", "run", str(file), *assignments, "--out", str(folder), "--resume"])
+def _how_to_go_on(folder: Path, again: str) -> str:
     if any((folder / "checkpoint").glob("round-*")):
         return f"the last checkpoint stands; to go on from it: {again}"
     return f"there is no checkpoint yet; to begin again: {again}"

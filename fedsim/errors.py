@@ -35,6 +35,10 @@ class ResumeError(ConfigError):
     """A checkpoint that is absent, damaged, or that belongs to another experiment."""
 
 
+class BudgetSpent(ConfigError):
+    """A run that was asked to go on, and whose privacy budget pays for no more rounds."""
+
+
 class ClientError(FedsimError):
     """One client's work failed. The round, the client and the seed are enough to repeat it."""
 

@@ -1,6 +1,7 @@
-"""No telemetry, no update check, no hub: set before anything of Flower's or Ray's is imported."""
+"""No telemetry, no update check, no hub: set before anything of Flower's or Ray's is imported, or corrected after."""
 
 import os
+import sys
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -21,3 +22,10 @@ def prepare() -> None:
     os.environ.update(QUIET)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A script may have imported them already, and they look at the environment at that moment only.
+    late: list[tuple[str, str, object]] = [("flwr.supercore.telemetry", "FLWR_TELEMETRY_ENABLED", "0")]
+    if os.environ["HF_HUB_OFFLINE"] == "1":
+        late += [(module, "HF_HUB_OFFLINE", True) for module in ("huggingface_hub.constants", "datasets.config")]
+    for module, name, value in late:
+        if module in sys.modules:
+            setattr(sys.modules[module], name, value)

@@ -24,6 +24,8 @@ def lines(private: Private) -> Iterator[str]:
     yield f"rounds            {private.rounds}"
     yield f"noise multiplier  {private.sigma:.6g}" + (" (found for the target)" if c.target_epsilon else "")
     yield f"delta             {c.delta:g}"
+    if c.noise == "seeded":
+        yield "claim             none: the noise is seeded. What follows is for secret noise"
     budget = private.budget
     if budget is not None:
         last = Account(private, EMPTY).affordable(0, private.rounds)

@@ -29,7 +29,7 @@ from clients import dp_sgd
 from fedsim import block, files, registry, tree
 from fedsim.config import Experiment, PrivacyConfig
 from fedsim.data.dataset import Federation
-from fedsim.errors import ConfigError, ResumeError
+from fedsim.errors import BudgetSpent, ConfigError, ResumeError
 from fedsim.rng import Key
 from fedsim.types import Strategy, Task
 from server import ledger, sampling, wrap
@@ -117,7 +117,7 @@ class Account(NamedTuple):
             name = "max_epsilon" if budget == private.config.max_epsilon else "target_epsilon"
             cost = private.epsilon(private.after(done + 1, self.spent, done))
             if done:
-                raise ConfigError(
+                raise BudgetSpent(
                     f"privacy.{name}: {budget:g} is spent after round {done} (epsilon {self.epsilon:.4g}); one more "
                     f"round would make it {cost:.4g}"
                 )
@@ -387,8 +387,10 @@ def resolved(experiment: Experiment, private: Private) -> Experiment:
 def statement(account: Account) -> str:
     """What may be said of a run, and what may not; the text of ``privacy.txt``."""
     p, c = account.private, account.private.config
+    secret = c.noise == "os"
+    drawn = "from the secret key" if secret else "from the config's seed, which anybody may know"
     claim = f"epsilon = {account.epsilon:.4f} at delta = {c.delta:g}"
-    if c.noise == "seeded":
+    if not secret:
         claim = f"none: the noise follows from the config's seed. (With secret noise it would be {claim}.)"
     if c.mode == "client":
         unit = "one client with all of its examples"
@@ -398,7 +400,7 @@ def statement(account: Account) -> str:
             f"mechanism     Gaussian; updates clipped to norm {bound}; noise multiplier {p.sigma:.6g}; uniform "
             f"weights, denominator {p.cohort} always",
             f"sampler       Poisson: each of {p.population} clients with probability {p.cohort}/{p.population} in each "
-            "round, from the secret key",
+            f"round, {drawn}",
         ]
         if c.adaptive:
             mechanism = Mechanism(p.sigma, c.clip or 0.0, p.cohort, None, c.adaptive)
@@ -416,7 +418,7 @@ def statement(account: Account) -> str:
             f"mechanism     Gaussian; gradients clipped to norm {c.max_grad_norm:g}; noise multiplier {p.sigma:.6g}; "
             f"denominator min({p.batch_size}, n) always; computed by '{p.way}'",
             f"sampler       Poisson: each of a client's n examples with probability min(1, {p.batch_size}/n) in each "
-            "batch, from the secret key; nothing is claimed for the sampling of clients",
+            f"batch, {drawn}; nothing is claimed for the sampling of clients",
         ]
         covered = "every update that a client sends, hence every model, and all that is worked out from them"
         extra = [
@@ -424,7 +426,9 @@ def statement(account: Account) -> str:
             "one person in several examples: epsilon is for one example",
         ]
     bounds = {"rdp": "an upper bound", "prv": "an upper bound", "pld": "an upper bound"}
-    secrecy = "not secret" if c.noise == "seeded" else "128 bits from the operating system, kept beside the checkpoint"
+    secrecy = "128 bits from the operating system, kept beside the checkpoint" if secret else "not secret"
+    if not secret:
+        covered = "nothing: whoever has the config can take the noise away again"
     uncovered = [
         *extra,
         "other runs on the same data, those for choosing settings included: epsilons add up",
@@ -443,16 +447,21 @@ def statement(account: Account) -> str:
             f"accountant    {ledger.title(c.accountant)}: {bounds[c.accountant]}",
             f"noise key     {secrecy}",
             f"covered       {covered}",
-            *(f"{'not covered' if i == 0 else '':<13} - {text}" for i, text in enumerate(uncovered)),
+            *(f"{'not covered' if i == 0 else '':<13} - {text}" for i, text in enumerate(uncovered if secret else ())),
             "",
         ]
     )
 
 
 def public(account: Account, line: Mapping[str, Any]) -> dict[str, Any]:
-    """A round's line of metrics with ε; without the sum of clients' examples where a client's number is private."""
-    hidden = {"examples"} if account.private.config.mode == "client" else set()
-    return {key: value for key, value in line.items() if key not in hidden} | {"epsilon": account.epsilon}
+    """A round's line of metrics with ε; without the sum of clients' examples where a client's number is private.
+
+    ε is ``epsilon``, or ``epsilon_if_secret`` where the noise is seeded: then it is claimed of nothing.
+    """
+    config = account.private.config
+    hidden = {"examples"} if config.mode == "client" else set()
+    name = "epsilon" if config.noise == "os" else "epsilon_if_secret"
+    return {key: value for key, value in line.items() if key not in hidden} | {name: account.epsilon}
 
 
 def write(account: Account, folder: Path) -> None:

@@ -63,6 +63,8 @@ def state(seen: Mapping[str, Any], per_second: float | None) -> str:
     parts = [f"loss {number(seen[loss], '.4f')}"] if loss in seen else []
     if "accuracy" in seen:
         parts.append(f"accuracy {number(seen['accuracy'], '.4f')}")
+    elif "personal_accuracy_mean" in seen:
+        parts.append(f"personal {number(seen['personal_accuracy_mean'], '.4f')}")
     if per_second is not None:
         parts.append(f"{per_second:,.0f} clients/s" if per_second >= 10 else f"{per_second:.1f} clients/s")
     if seen.get("epsilon") is not None:
@@ -97,19 +99,29 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("accuracy", f"{number(s.get('final_accuracy'), '.4f')} (best {number(s.get('best_accuracy'), '.4f')})"),
         ("loss", number(s.get("final_loss"), ".4f")),
     ]
-    if s.get("best_accuracy") is None and s.get("final_loss") is not None:
-        del out[2]  # a function to be minimised has none
+    if "personal_accuracy_mean" in s:
+        out.insert(3, ("personal", f"{number(s['personal_accuracy_mean'], '.4f')} (mean of clients' own models)"))
+    if s.get("best_accuracy") is None and (s.get("final_loss") is not None or "personal_accuracy_mean" in s):
+        del out[2]  # a function to be minimised has none, nor have clients that share no model
     if s.get("epsilon") is not None:
         out.append(("epsilon", f"{s['epsilon']:.3f}"))
+    elif "epsilon_if_secret" in s:
+        out.append(("epsilon", "no bound: the noise is seeded"))
     out += [
         ("clients/s", number(s.get("client_updates_per_second"), ",.1f")),
         ("bytes", f"{size(s['total_bytes_down'])} down, {size(s['total_bytes_up'])} up"),
-        ("wall", duration(s["wall_seconds"])),
+        ("wall", wall(s)),
         ("params", (s.get("params_sha256") or "-")[:12]),
     ]
     if s.get("total_failures"):
         out.append(("failures", str(s["total_failures"])))
     return out
+
+
+def wall(summary: Mapping[str, Any]) -> str:
+    """How long a run took, and how much of that its rounds: the first run of a process also imports and loads."""
+    whole, rounds = duration(summary["wall_seconds"]), summary.get("total_seconds")
+    return whole if rounds is None else f"{whole}, {duration(rounds)} of it in rounds"
 
 
 def number(value: float | None, form: str) -> str:
@@ -127,7 +139,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    """Seconds for a person: ``0.04 s``, ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -48,6 +48,7 @@ TAGS = {
     "bytes_up": "comm/bytes_up",
     "seconds": "time/seconds",
     "epsilon": "privacy/epsilon",
+    "epsilon_if_secret": "privacy/epsilon_if_secret",
 }
 """TensorBoard's name of each key; per-client results are ``eval/…``, and any other number is a gauge, ``server/…``."""
 
@@ -205,6 +206,13 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
+def ended(summary: Mapping[str, Any]) -> bool:
+    """Whether a run came to its end: all of its rounds, or all that its privacy budget pays for. Both have a model."""
+    return summary.get("status") == "completed" or (
+        summary.get("status") == "stopped" and summary.get("params_sha256") is not None
+    )
+
+
 def summarise(lines: Sequence[Line]) -> dict[str, Any]:
     """What a run came to. The final value of a key is that of the last round that measured it, be it null."""
     final: dict[str, Any] = {}
@@ -220,6 +228,7 @@ def summarise(lines: Sequence[Line]) -> dict[str, Any]:
         "best_round": best_round,
         "final_loss": final.get("loss"),
         **{key: value for key, value in final.items() if key not in SUMMED},
+        "total_seconds": total["seconds"],
         "client_updates": total["clients"],
         "client_updates_per_second": total["clients"] / total["seconds"] if total["seconds"] > 0 else None,
         "total_examples": total["examples"],

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from safetensors.torch import save
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import attack, checkpoint, config, data, files, privacy, process, record, registry, tree
+from fedsim import attack, checkpoint, config, data, files, offline, privacy, process, record, registry, sources, tree
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -62,6 +63,7 @@ class Session(NamedTuple):
 
 def build(experiment: Experiment, order: Order | None = None, secret: Key | None = None) -> Session:
     """Everything that a run needs. Raises ``ConfigError`` (``DataError``) for what only data can tell."""
+    offline.prepare()
     dtype = torch.float64 if experiment.task.dtype == "float64" else torch.float32
     federation = data.federation(experiment.data, experiment.seed).to(device(experiment.engine.device), dtype)
     population = len(federation)
@@ -248,6 +250,9 @@ def run(
             raise ResumeError(f"--resume: the clients of {out} are a deployment's; go on with fedsim deploy run")
     secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
     session = build(experiment, order, secret)
+    if not session.driver.is_global and not experiment.data.holdout:
+        name = experiment.strategy.name
+        log.warning("data.holdout: is 0, so no accuracy is measured: '%s' has no global model to test", name)
     if deployment:
         session = deployed(session, deployment)
     state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)
@@ -256,6 +261,7 @@ def run(
         if resume and any((out / "checkpoint").glob("round-*")):
             found = store.load(checkpoint.named_tuples(state))
             check_origin(experiment, found, origin)
+            origin = sources.continued(found.extra, origin, found.round, experiment.rounds)
             state, done, extra = found.state, found.round, found.extra
             session.memory.update(found.memory)
             session.memory.changed.clear()
@@ -275,16 +281,17 @@ def run(
         opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
         if began:
             files.write(out / record.CONFIG, tomli_w.dumps(dumped).encode())  # what may change is written as it is now
+        finish = partial(opened.finish, more={name: origin[name] for name in sources.KEPT if name in origin})
         with opened as book:
             try:
                 with stoppable():
                     state, last = _rounds(session, state, done, last, account, releases, store, origin, book, show)
             except KeyboardInterrupt:
-                book.finish("stopped", params_sha256=None, error="interrupted")
+                finish("stopped", params_sha256=None, error="interrupted")
                 raise
             except FedsimError as e:
                 with suppress(OSError):  # the disk may be what failed, and the first reason is the one to tell
-                    book.finish("failed", params_sha256=None, error=str(e))
+                    finish("failed", params_sha256=None, error=str(e))
                 raise
             params = session.driver.params(state)
             try:
@@ -294,8 +301,8 @@ def run(
                     files.write(out / name, content)
                 if last < experiment.rounds:
                     why = f"round {last + 1} would have spent more than the privacy budget"
-                    return book.finish("stopped", params_sha256=tree.digest(params), error=why)
-                return book.finish("completed", params_sha256=tree.digest(params))
+                    return finish("stopped", params_sha256=tree.digest(params), error=why)
+                return finish("completed", params_sha256=tree.digest(params))
             except OSError as e:
                 raise FedsimError(f"{out} cannot be written: {e.strerror or e}") from e
 
@@ -425,15 +432,23 @@ def check_same(experiment: Experiment, out: Path) -> None:
 
 
 def origin_of(session: Session) -> dict[str, Any]:
-    """What a run's numbers come from beside its config: the bytes of its data, and the versions that compute them."""
+    """What a run's numbers come from beside its config: the bytes of its data and who has them, and the code.
+
+    That is the user's own, by its bytes, and what is installed, by its versions.
+    """
     dataset = session.federation.dataset
     parts = {"train": dataset.train, "test": dataset.test}
     digest = tree.digest({f"{name}.{of}": getattr(split, of) for name, split in parts.items() for of in ("x", "y")})
-    return {"data": digest, "versions": record.environment()}
+    return {
+        "data": digest,
+        "partition": sources.partition(session.federation),
+        "sources": sources.files(session.experiment),
+        "versions": record.environment(),
+    }
 
 
 def check_origin(experiment: Experiment, found: checkpoint.Checkpoint, now: Mapping[str, Any]) -> None:
-    """Refuse other data and fewer rounds than are done; name versions that have changed, since bits may then differ."""
+    """Refuse other data and fewer rounds than are done; name code that has changed, since bits may then differ."""
     if experiment.rounds < found.round:
         raise ResumeError(
             f"rounds: must be at least {found.round}, the round of the last checkpoint (got {experiment.rounds})"
@@ -441,6 +456,10 @@ def check_origin(experiment: Experiment, found: checkpoint.Checkpoint, now: Mapp
     if found.extra.get("data") != now["data"]:
         raise ResumeError(
             f"data.name: the examples of '{experiment.data.dataset.name}' are not those the run began with"
+        )
+    if found.round < experiment.rounds and (files := sources.changed(found.extra, now)):
+        log.warning(
+            "resuming with other code than the run began with, so its rounds do not compare: %s", ", ".join(files)
         )
     before = found.extra.get("versions", {})
     changed = {name: version for name, version in now["versions"].items() if before.get(name) != version}

@@ -75,6 +75,15 @@ def name_of(out: Path, run_id: int, resume: bool) -> str:
 
 def _show(line: Mapping[str, Any]) -> None:
     """A round as one line of the ServerApp's log."""
-    shown = ("accuracy", "loss", "train_loss", "client_accuracy", "clients", "epsilon", "seconds")
+    shown = (
+        "accuracy",
+        "loss",
+        "train_loss",
+        "client_accuracy",
+        "personal_accuracy_mean",
+        "clients",
+        "epsilon",
+        "seconds",
+    )
     values = [f"{key} {line[key]:.4g}" for key in shown if isinstance(line.get(key), int | float)]
     print(f"round {line['round']}: {'  '.join(values)}", flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -184,8 +185,9 @@ def test_sweep_and_compare(call: Call, tmp_path: Path) -> None:
     folders = sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir())
     assert folders == [f"seed={s},strategy.lr={lr}" for s in (1, 2) for lr in ("0.05", "0.1")]
     assert (tmp_path / "sweep" / "compare.html").exists()
-    compared = call("compare", *(tmp_path / "sweep" / f for f in folders))
+    compared = call("compare", *sorted(Path("sweep").glob("*")))  # as a shell takes the README's sweep/*
     assert compared.code == 0 and "±" in compared.out
+    assert compared.err == "note: sweep/compare.html: not a run folder; skipped\n"
     # A sweep that was cut short goes on: what is there stays, what is missing is run.
     import shutil
 
@@ -194,6 +196,64 @@ def test_sweep_and_compare(call: Call, tmp_path: Path) -> None:
     assert call("run", file, "seed=1,2", "strategy.lr=0.05,0.1", "--out", "sweep", "--resume").code == 0
     assert runs.summary(tmp_path / "sweep" / folders[0])["params_sha256"] == before
     assert (tmp_path / "sweep" / folders[-1] / "summary.json").exists()
+
+
+def test_a_sweep_goes_on_where_a_run_fails(call: Call, tmp_path: Path) -> None:
+    """And where one cannot begin; the failures stand at the end, with the command that goes on with the sweep."""
+    file = runs.write(tmp_path / "e.toml", "rounds=2")
+    sweep = ("run", file, "strategy.lr=1e38,0.1", "strategy.cohort=4,99", "--out", "sweep")
+    answer = call(*sweep)
+    assert answer.code == 1
+    assert (tmp_path / "sweep" / "compare.html").exists() and (
+        tmp_path / "sweep/strategy.lr=0.1,strategy.cohort=4"
+    ).exists()
+    said = answer.err.splitlines()
+    at = said.index("error: 3 of 4 runs failed")
+    assert [re.sub(r": .*", "", line.removeprefix("error: ")) for line in said[at + 1 : -1]] == [
+        "strategy.lr=1e38 strategy.cohort=4",
+        "strategy.lr=1e38 strategy.cohort=99",
+        "strategy.lr=0.1 strategy.cohort=99",
+    ]
+    assert "must be at most 12" in said[-2]
+    assert said[-1] == f"to go on with them: fedsim {shlex.join(map(str, sweep))} --resume"
+    again = call(*sweep, "--resume")
+    assert again.code == 1 and "3 of 4" in again.err and "is not empty" not in again.err
+    nothing = call("run", file, "seed=1,2", "strategy.cohort=99", "--out", "other")
+    assert nothing.code == 2 and "error: 2 of 2 runs failed" in nothing.err and not (tmp_path / "other").exists()
+
+
+def test_a_sweep_may_go_on_after_a_spent_budget(call: Call, tmp_path: Path) -> None:
+    """A run that stopped at its budget had come to its end: it is no failure when the others go on."""
+    private = (
+        "strategy.name=fedavg", "strategy.weighting=uniform", "data.holdout=0.0", "privacy.mode=client",
+        "privacy.clip=0.5", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3", "privacy.max_epsilon=2.5",
+    )  # fmt: skip
+    sweep = ("run", runs.write(tmp_path / "e.toml", *private, "rounds=9"), "seed=1,2", "--out", "sweep")
+    assert call(*sweep).code == 0
+    assert runs.summary(tmp_path / "sweep/seed=1")["status"] == "stopped"
+    answer = call(*sweep, "--resume")
+    assert answer.code == 0 and answer.out.count("nothing to do: privacy.max_epsilon: 2.5 is spent after round") == 2
+    assert re.search(r"^ fedavg +2 ", answer.out, re.MULTILINE) and "its privacy budget was spent" in answer.err
+
+
+def test_clients_own_models_are_a_result(call: Call, tmp_path: Path) -> None:
+    """Strategies without a global model: in the table of the run, in the report, and beside those that have one."""
+    for name in ("local", "fedrep", "fedavg"):
+        file = runs.write(tmp_path / "e.toml", f"strategy.name={name}", "rounds=2", "task.model=mlp")
+        answer = call("run", file, "--out", name)
+        assert answer.code == 0, answer.err
+        assert ("personal" in answer.out) == (name != "fedavg") and (" accuracy " in answer.out) == (name == "fedavg")
+        assert ("of own models" in (tmp_path / name / "report.html").read_text()) == (name != "fedavg")
+    compared = call("compare", "local", "fedavg", "--target", "0.01").out
+    assert re.search(r"^ local .* - +- +0\.\d{4} +[12] ", compared, re.MULTILINE), compared
+
+
+@pytest.mark.parametrize(("name", "holdout", "warned"), [("local", 0.0, 1), ("local", 0.2, 0), ("fedavg", 0.0, 0)])
+def test_a_run_that_measures_nothing_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, holdout: float, warned: int
+) -> None:
+    run(runs.experiment(f"strategy.name={name}", "rounds=1", f"data.holdout={holdout}"), tmp_path / "out")
+    assert caplog.text.count("data.holdout: is 0, so no accuracy is measured: 'local' has no global model") == warned
 
 
 def test_long_names_of_a_sweep_do_not_collide() -> None:

@@ -1,11 +1,14 @@
 """Offline: no command opens a connection beyond this machine, or listens where another could reach it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import runs
+from fedsim import offline
 
 # Loaded by every Python process at its start; each socket call is written down, and those beyond loopback are refused.
 SPY = """
@@ -49,6 +52,21 @@ def test_the_spy_sees_what_it_should(tmp_path: Path, spied: dict[str, str]) -> N
     answer = runs.command("run", file, "--out", "out", cwd=tmp_path, env=spied)
     assert answer.code == 0, answer.err
     assert "203.0.113.1" in (tmp_path / "sockets.log").read_text()
+
+
+def test_a_script_is_as_quiet_as_the_command(tmp_path: Path) -> None:
+    """Whatever it has imported before: Flower and the hub read their switches when they are imported."""
+    (tmp_path / "script.py").write_text(
+        "import datasets.config as sets, flwr.supercore.telemetry as flower, huggingface_hub.constants as hub\n"
+        "print(flower.FLWR_TELEMETRY_ENABLED, hub.HF_HUB_OFFLINE, sets.HF_HUB_OFFLINE)\n"
+        "import runs\nfrom fedsim.run import build\nbuild(runs.experiment())\n"
+        "print(flower.FLWR_TELEMETRY_ENABLED, hub.HF_HUB_OFFLINE, sets.HF_HUB_OFFLINE)\n"
+    )
+    loud = {name: value for name, value in os.environ.items() if name not in {*offline.QUIET, "HF_HUB_OFFLINE"}}
+    call = [sys.executable, tmp_path / "script.py"]
+    env = loud | {"PYTHONPATH": os.pathsep.join([str(Path(runs.__file__).parent), *sys.path])}
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["1 False False", "0 True True"]
 
 
 @pytest.mark.parametrize("name", ["scaffold", "flwr.serverapp.strategy:FedAdam"])

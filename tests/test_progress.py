@@ -26,6 +26,7 @@ SUMMARY: dict[str, Any] = {
     "total_bytes_up": 999,
     "total_failures": 0,
     "wall_seconds": 75.2,
+    "total_seconds": 63.0,
     "params_sha256": "0123456789abcdef" * 4,
 }
 
@@ -102,7 +103,14 @@ def test_the_table_and_the_path_at_the_end(tmp_path: Path) -> None:
     progress.closing(SUMMARY, report, file=out)
     text = out.getvalue()
     assert f"report: {report}\n" in text  # in one piece, so that it can be clicked and copied
-    for words in ("fedavg", "0.9513 (best 0.9600)", "0.1250", "1,234.6", "2.5 MB down, 999 B up", "1 min 15 s"):
+    for words in (
+        "fedavg",
+        "0.9513 (best 0.9600)",
+        "0.1250",
+        "1,234.6",
+        "2.5 MB down, 999 B up",
+        "1 min 15 s, 1 min 03 s of",
+    ):
         assert words in text
     assert "0123456789ab" in text and "0123456789abc" not in text
     assert "\x1b" not in text and "failures" not in text
@@ -119,6 +127,14 @@ def test_a_function_to_be_minimised_has_no_accuracy() -> None:
     assert "accuracy" not in rows and rows["loss"] == "0.1250"
 
 
+def test_clients_that_share_no_model_have_an_accuracy_of_their_own() -> None:
+    none = {"final_accuracy": None, "best_accuracy": None, "final_loss": None, "personal_accuracy_mean": 0.75}
+    rows = dict(progress.rows(SUMMARY | none))
+    assert "accuracy" not in rows and rows["personal"] == "0.7500 (mean of clients' own models)"
+    assert list(dict(progress.rows(SUMMARY | {"personal_accuracy_mean": 0.75})))[2:4] == ["accuracy", "personal"]
+    assert progress.state({"personal_accuracy_mean": 0.75}, None) == "personal 0.7500"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_960, "100 kB"), (999_600, "1.0 MB"), (5e18, "5000 PB")],
@@ -128,7 +144,8 @@ def test_size(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.97, "1 min 00 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min")]
+    ("seconds", "text"),
+    [(0.04, "0.04 s"), (0.996, "1.0 s"), (59.97, "1 min 00 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min")],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text

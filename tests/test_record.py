@@ -200,6 +200,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "final_loss": 0.25,
         "server_rate": 1.0,
         "epsilon": 1.5,
+        "total_seconds": 2.0,
         "client_updates": 16,
         "client_updates_per_second": 8.0,
         "total_examples": 160,

@@ -64,10 +64,15 @@ def _header(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         ("sent to clients", size(summary["total_bytes_down"])),
         ("received from clients", size(summary["total_bytes_up"])),
         ("wall time", duration(summary["wall_seconds"])),
+        *([("of it in rounds", duration(summary["total_seconds"]))] if "total_seconds" in summary else []),
         ("peak memory", size(summary["peak_rss_mb"] * 1e6) if "peak_rss_mb" in summary else "-"),
     ]
+    if summary.get("best_accuracy") is None and "personal_accuracy_mean" in summary:
+        tiles[:2] = [("final accuracy of own models, mean", number(summary["personal_accuracy_mean"], ".4f"))]
     if summary.get("epsilon") is not None:
         tiles.insert(3, ("privacy loss ε", f"{summary['epsilon']:.3f}"))
+    elif "epsilon_if_secret" in summary:
+        tiles.insert(3, ("privacy loss ε", "no bound (seeded)"))
     badge = f'<span class="badge {escape(status)}">{escape(status)}</span>'
     parts = [
         f'<div class="top"><h1>{escape(config["name"])}</h1>{badge}</div>',

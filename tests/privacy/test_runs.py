@@ -1,6 +1,7 @@
 """Private runs from end to end: the ledger over kill and resume, the key, the statement, plan and audit."""
 
 import json
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,22 @@ def test_the_seed_does_not_say_what_the_noise_is(tmp_path: Path, level: tuple[st
     c, d = (running.run(seeded, tmp_path / name)["params_sha256"] for name in "cd")
     assert c == d
     assert "claim         none: the noise follows from the config's seed" in (tmp_path / "c/privacy.txt").read_text()
+
+
+@LEVELS
+def test_seeded_noise_is_no_privacy_and_nothing_says_otherwise(
+    fedsim: Callable[..., runs.Answer], tmp_path: Path, level: tuple[str, ...]
+) -> None:
+    file, out = runs.write(tmp_path / "a.toml", *level, "rounds=2", "privacy.noise=seeded"), tmp_path / "out"
+    answer = fedsim("run", file, "--out", out)
+    assert answer.code == 0
+    assert re.search(r"^ epsilon +no bound: the noise is seeded", answer.out, re.MULTILINE)
+    assert "no bound (seeded)" in (out / "report.html").read_text()
+    assert all("epsilon" not in row and row["epsilon_if_secret"] > 0 for row in [*lines(out), runs.summary(out)])
+    text = (out / "privacy.txt").read_text()
+    assert "secret key" not in text and "not covered" not in text
+    assert "covered       nothing: whoever has the config can take the noise away again" in text
+    assert "claim             none: the noise is seeded" in fedsim("privacy", "plan", file).out
 
 
 def test_a_checkpoint_without_a_ledger_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
