@@ -85,8 +85,13 @@ def run(
         except FedsimError as e:
             e.add_note(_how_to_go_on(file, assignments, folder))
             raise
-        _draw_partition(experiment, folder)
-        _draw_embeddings(experiment, folder)
+        for draw in (_draw_partition, _draw_embeddings):
+            try:
+                draw(experiment, folder)
+            except Exception as e:  # the numbers are there: no picture is worth a run
+                what = draw.__name__.removeprefix("_draw_")
+                said = f"{type(e).__name__}: {' '.join(str(e).split())}"
+                logging.getLogger("fedsim").warning("the picture of the %s was not drawn: %s", what, said)
         progress.closing(summary, write(folder))
         if (folder / "privacy.txt").exists():
             print((folder / "privacy.txt").read_text())

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,6 +167,19 @@ def test_run_is_quiet_in_a_pipe_and_says_where_the_report_is(tmp_path: Path) -> 
     for name in ("config.toml", "metrics.jsonl", "summary.json", "report.html", "model.safetensors", "checkpoint"):
         assert (tmp_path / "out" / name).exists(), name
     assert len(answer.err.splitlines()) <= 1, answer.err  # how clients are run, and why
+
+
+def test_no_picture_fails_a_finished_run(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("fedsim.data.show.draw", fail)
+    answer = call("run", runs.write(tmp_path / "e.toml", "rounds=1"), "--out", "out")
+    assert answer.code == 0 and answer.out.splitlines()[-1] == "report: out/report.html"
+    assert caplog.messages[-1] == "the picture of the partition was not drawn: RuntimeError: no ink"
+    assert not (tmp_path / "out" / "partition.svg").exists()
 
 
 def test_twice_the_same(tmp_path: Path) -> None:
