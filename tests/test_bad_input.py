@@ -285,6 +285,8 @@ COMMANDS = {
     "cite absent.toml": r"absent\.toml: no such file",
     "data get digitz": r".*digitz.*digits.*",
     "data show absent.toml": r"absent\.toml: no such file",
+    "data show e.toml --out p.png": r"--out: must end in \.svg \(got p\.png\)",
+    "privacy plan e.toml --out p.png": r"--out: must end in \.svg \(got p\.png\)",
     "new strategy 1st": r"'1st' .*identifier.*",
     "new strategy class": r"'class' .*",
 }

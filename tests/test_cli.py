@@ -222,4 +222,5 @@ def test_data_commands(call: Call, tmp_path: Path) -> None:
     assert re.search(r"^digits +yes +- ", answer.out, re.MULTILINE)
     shown = call("data", "show", runs.write(tmp_path / "e.toml"), "--out", "p.svg")
     assert shown.code == 0 and (tmp_path / "p.svg").exists()
+    assert shown.out.startswith("digits: 12 clients\nclient  examples  holdout  labels") and "array" not in shown.out
     assert call("data", "get", "digits").code == 0
