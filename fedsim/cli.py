@@ -62,7 +62,7 @@ def run(
         raise ConfigError("--resume: needs --out, the folder of the run")
     flags = {"engine.kind": engine, "engine.workers": workers}
     overrides = [*(overrides or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    tables = config.read(file)
+    tables = _tables(file)
     combinations = config.sweep(overrides)
     experiments = [config.parse(config.override(tables, assignments)) for assignments in combinations]
     base = out or Path("runs") / f"{experiments[0].name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -98,6 +98,14 @@ def run(
         folders.append(folder)
     if len(folders) > 1:
         compare(folders, base / "compare.html")
+
+
+def _tables(file: Path) -> dict[str, Any]:
+    """The tables of an experiment's file; beside it lie the files and modules that it names."""
+    from fedsim import config, registry
+
+    registry.look_in(file.parent)
+    return config.read(file)
 
 
 def _how_to_go_on(file: Path, assignments: list[str], folder: Path) -> str:
@@ -162,7 +170,7 @@ def attack(
     from fedsim import attack as attacks
     from fedsim import config
 
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     folder = out or Path("runs") / f"{experiment.name}-attack-{time.strftime('%Y%m%d-%H%M%S')}"
     for name, value in attacks.run(experiment, folder).items():
         print(f"{name.removeprefix('attack_'):<18} {value:.4g}")
@@ -193,14 +201,14 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a strategy, task, data set or partitioner")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="a strategy, task, data set or partitioner; also mine.py:object")],
+) -> None:
     """What a plugin is, where it comes from, and its settings."""
-    from fedsim import describe, registry
+    from fedsim import config, describe, registry
     from fedsim.errors import did_you_mean
 
-    groups = [group for group in registry.GROUPS if name in registry.installed(group)]
-    if ":" in name or name.endswith(".py"):
-        groups = ["strategies"]
+    groups = config.groups_of(name)
     if not groups:
         known = [n for group in registry.GROUPS for n in registry.installed(group)]
         raise ConfigError(f"'{name}' not found{did_you_mean(name, known)}")
@@ -212,7 +220,7 @@ def show(name: Annotated[str, typer.Argument(help="a strategy, task, data set or
 
 
 @app.command()
-def check(name: Annotated[str, typer.Argument(help="a strategy: its name, or package.module:object")]) -> None:
+def check(name: Annotated[str, typer.Argument(help="a strategy: its name, mine.py, or package.module:object")]) -> None:
     """Run the contract suite on a strategy, ours or anybody's."""
     from fedsim import check as contract
 
@@ -259,7 +267,7 @@ def cite(file: File) -> None:
     """The papers behind an experiment, from the strategy's own file."""
     from fedsim import config, registry
 
-    experiment = config.parse(config.read(file))
+    experiment = config.parse(_tables(file))
     plugin = registry.load("strategies", experiment.strategy.name)
     print((plugin.__doc__ or "").strip().split("\n\n")[0])
 
@@ -330,7 +338,7 @@ def data_show(
     from fedsim import config, data
     from fedsim.data import show as picture
 
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     federation = data.federation(experiment.data, experiment.seed)
     print("\n".join(picture.lines(federation)))
     picture.draw(federation, out)
@@ -375,7 +383,7 @@ def _private(file: Path, overrides: list[str] | None) -> Any:
     """The prepared privacy of an experiment."""
     from fedsim import config
 
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     if experiment.privacy is None:
         raise ConfigError(f"{file}: has no [privacy] table")
     from fedsim.run import build
@@ -421,7 +429,7 @@ def deploy_run(
 
     if resume and out is None:
         raise ConfigError("--resume: needs --out, the folder of the run")
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     out = out or Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings: dict[str, Any] = {"resume": resume, "timeout": timeout, "wait": wait}
     where = deploy.Local(folder) if local else deploy.Compose(Path.cwd())

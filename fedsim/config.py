@@ -314,6 +314,23 @@ BASES: dict[str, type[BaseModel]] = {
 }
 
 
+def groups_of(name: str) -> list[str]:
+    """The groups in which a plugin has this name; for one of the user's own, the group that it has the shape of.
+
+    Raises ``ConfigError`` where one's own cannot be imported.
+    """
+    groups = [group for group in registry.GROUPS if name in registry.installed(group)]
+    if groups or not registry.is_own(name):
+        return groups
+    plugin = registry.own(name)
+    model = getattr(plugin, "Config", None)
+    if model is None and callable(plugin):
+        from torch import nn
+
+        return ["tasks" if not isinstance(plugin, type) or issubclass(plugin, nn.Module) else "strategies"]
+    return [g for g, base in BASES.items() if isinstance(model, type) and issubclass(model, base)] or ["strategies"]
+
+
 def config_of(group: str, name: str) -> type[BaseModel]:
     """The ``Config`` of a plugin. Raises ``ConfigError`` where it has none of the kind that its group needs."""
     model, base = registry.load(group, name).Config, BASES[group]

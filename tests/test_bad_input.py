@@ -112,6 +112,7 @@ SETTINGS = {
     "strategy.name='math:pi'": r"strategy\.name: plugin 'math:pi' has no 'Config'",
     "strategy.name='math:tau2'": r"strategy\.name: plugin 'math:tau2' cannot be loaded: AttributeError: .*",
     "strategy.name='pathlib:Path'": r"strategy\.name: 'pathlib:Path' is not a strategy: .*",
+    "task.model='absent.py:net'": r"task\.model: 'absent\.py': no such file",
     "strategy.name='absent.py'": r"strategy\.name: 'absent\.py': no such file",
     "strategy.name='flwr.serverapp.strategy:FedAdm'": r"strategy\.name: plugin .* cannot be loaded: AttributeError: .*FedAdm.*",
     # what only the data can tell
@@ -250,8 +251,8 @@ PLUGINS = {
     "def broken(:": r"strategy\.name: plugin 'mine\.py' cannot be loaded: SyntaxError: .*",
     "import nothing_like_it": r"strategy\.name: plugin 'mine\.py' cannot be loaded: ModuleNotFoundError: .*",
     "raise SystemExit(3)": r"strategy\.name: plugin 'mine\.py' cannot be loaded: SystemExit: 3.*",
-    "from strategies.fedavg import Config": r"strategy\.name: plugin 'mine\.py' has no 'build'",
-    "from strategies.fedavg import build": r"strategy\.name: plugin 'mine\.py' has no 'Config'",
+    "from strategies.fedavg import Config": r"strategy\.name: plugin 'mine\.py' has no 'build'; an object in it is named 'mine\.py:OBJECT'",
+    "from strategies.fedavg import build": r"strategy\.name: plugin 'mine\.py' has no 'Config'; an object in it is named 'mine\.py:OBJECT'",
     "Config = build = 3": r"strategy\.name: plugin 'mine\.py': .*Config.*",
     "from strategies.fedavg import Config\nbuild = lambda c, t: 1 / 0": r"strategy\.name: .*ZeroDivisionError.*",
     "from strategies.fedavg import Config\nbuild = lambda c, t: None": r"strategy\.name: .*Strategy.*",

@@ -154,6 +154,7 @@ class Driver(NamedTuple):
 
     home: str | None
     path: list[str]  # where a user's own modules are found
+    folders: list[Path]  # and files
 
 
 class Actor:
@@ -163,6 +164,7 @@ class Actor:
         if driver.home is not None:
             os.environ["HOME"] = driver.home  # Ray was started in one of its own
         sys.path += [folder for folder in driver.path if folder not in sys.path]
+        registry.look_in(*driver.folders)
         offline.prepare()
         identify()
         logging.getLogger("fedsim").setLevel(logging.ERROR)  # what matters is in the answers
@@ -476,7 +478,7 @@ class RayGrid(BlockGrid):
         # Where machines were counted, none gets more than it has room for.
         room = {"memory": each} if asked is None and not self._cluster.ours else {}
         remote = ray.remote(num_cpus=1, num_gpus=found.share, max_restarts=0, max_task_retries=0, **room)(Actor)
-        driver = Driver(os.environ.get("HOME"), list(sys.path))
+        driver = Driver(os.environ.get("HOME"), list(sys.path), registry.folders())
         self.pool = Pool(
             lambda: remote.remote(tables, world, secret, driver), found.workers, engine.deadline, self._cluster.local
         )
