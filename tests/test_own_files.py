@@ -1,12 +1,14 @@
 """Files of a user's own: an object in one, where they are looked for, and that everybody finds them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import runs
-from fedsim import config, registry
+from fedsim import config, data, registry
 from fedsim.errors import ConfigError
 from runs import Answer
 
@@ -142,6 +144,18 @@ def test_any_folder_will_do_to_run_and_to_resume(tmp_path: Path, name: str) -> N
     again = runs.command("run", "my_avg.toml", long, short, "--out", "sub/b", "--resume", cwd=tmp_path)
     assert again.code == 0, again.err
     assert runs.summary(sub / "b")["params_sha256"] == a["params_sha256"]
+
+
+@pytest.mark.ray
+def test_a_partition_by_natural_owners_is_made_again_in_workers() -> None:
+    ray_grid = pytest.importorskip("fedsim.grids.ray")
+    experiment = runs.experiment("data={name='numbered',clients=6,partition={name='natural_id'}}", "strategy.cohort=2")
+    held = data.federation(experiment.data, 0)
+    lazy = replace(held, partition=[held.partition[c] for c in range(6)])  # not ours: the config makes it again
+    world = ray_grid.export(lazy)
+    assert world.partition is None
+    again = ray_grid.load(world, experiment, torch.device("cpu"))
+    assert [again.partition[c].tolist() for c in range(6)] == [[c] for c in range(6)]
 
 
 @pytest.mark.ray

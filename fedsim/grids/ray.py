@@ -115,6 +115,7 @@ class World(NamedTuple):
     name: str
     train: tuple[Any, Any]
     test: tuple[Any, Any]
+    owners: tuple[Any, Any]  # the natural owners of both splits, by which a partitioner may ask
     classes: int
     partition: Partition | None  # None: the worker makes it again from the config
     holdout: float
@@ -129,19 +130,21 @@ def export(federation: Federation) -> World:
         return s.x.cpu().numpy(), s.y.cpu().numpy()
 
     held = federation.partition if isinstance(federation.partition, Lists) else None
-    return World(d.name, arrays(d.train), arrays(d.test), d.classes, held, federation.holdout, federation.key)
+    owners = d.train.client, d.test.client
+    return World(d.name, arrays(d.train), arrays(d.test), owners, d.classes, held, federation.holdout, federation.key)
 
 
 def load(world: World, experiment: Experiment, device: torch.device) -> Federation:
     """The federation of a world. On a CPU its tensors are the shared memory itself, which nobody writes."""
 
-    def split(arrays: tuple[Any, Any]) -> Split:
+    def split(arrays: tuple[Any, Any], owners: Any) -> Split:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch cannot mark memory as read-only, and says so
             x, y = (torch.from_numpy(a) for a in arrays)
-        return Split(x.to(device), y.to(device))
+        return Split(x.to(device), y.to(device), owners)
 
-    dataset = Dataset(world.name, split(world.train), split(world.test), world.classes)
+    train, test = map(split, (world.train, world.test), world.owners)
+    dataset = Dataset(world.name, train, test, world.classes)
     partition = world.partition
     if partition is None:
         partitioner = registry.load("partitioners", experiment.data.partition.name)
