@@ -309,6 +309,28 @@ def test_huggingface_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(str(e.value).splitlines()) == 1
 
 
+CELLS = {"features": ("age", "row 1", 2), "label": ("kind", "row 2", 1), "client": ("who", "row 0", 1)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the library leaves its files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("option", CELLS)
+def test_huggingface_says_where_a_value_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("age,kind,who,fine\n1.5,a,,1\n,b,x,1\n3,,y,2\n,a,y,2\n")
+    column, row, rows = CELLS[option]
+    options = {"features": ["fine"], "label": "fine"} | {option: [column] if option == "features" else column}
+    with pytest.raises(DataError) as e:
+        load("huggingface", path=str(tmp_path / "csv"), test="", **options)
+    assert str(e.value) == (
+        f"data.{option}: column '{column}' has no value in {row} of split 'train', counted from 0"
+        f" ({rows} such row{'s' * (rows > 1)}); nothing is imputed"
+    )
+
+
 def test_huggingface_images(tmp_path: Path) -> None:
     import datasets
     from PIL import Image
@@ -325,7 +347,9 @@ def test_huggingface_images(tmp_path: Path) -> None:
 
 
 def test_huggingface_offline_is_one_line() -> None:
-    with pytest.raises(DataError, match=r"data\.path: nobody/nothing, split 'train': ") as e:
+    with pytest.raises(
+        DataError, match=r"data\.path: nobody/nothing, split 'train': .* set HF_HUB_OFFLINE=0 once"
+    ) as e:
         load("huggingface", path="nobody/nothing", features=["a"])
     assert len(str(e.value).splitlines()) == 1
 
