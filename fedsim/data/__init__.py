@@ -3,7 +3,9 @@
 A data set plugin is a module or object with ``Config`` (a ``DatasetConfig``) and ``build(config) -> Dataset``; a
 partitioner has ``Config`` (a ``PartitionConfig``) and ``build(config, dataset, key) -> Partition``. Ours are entry
 points of ``fedsim.datasets`` and ``fedsim.partitioners``. Your own data needs no entry point: with this in ``mine.py``,
-next to where `fedsim` is called, ``[data] name = "mine:scans"`` loads it::
+beside the experiment, ``[data] name = "mine.py:scans"`` loads it (more: docs/your-own.md)::
+
+    from fedsim import Dataset, DatasetConfig, Split
 
     class Config(DatasetConfig):
         folder: str = "scans"
