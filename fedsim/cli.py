@@ -215,7 +215,8 @@ def show(
     for group in groups:
         plugin = registry.load(group, name)
         entry = registry.installed(group).get(name)
-        print(f"{name} ({group}{f', {entry.value}' if entry else ''})\n\n{describe.about(plugin)}\n\nsettings:")
+        parts = [f"{name} ({group}{f', {entry.value}' if entry else ''})", describe.about(plugin), "settings:"]
+        print("\n\n".join(filter(None, parts)))
         print("\n".join(f"  {line}" for line in describe.settings(plugin.Config)))
 
 
