@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
@@ -85,27 +86,14 @@ def run(
         except FedsimError as e:
             e.add_note(_how_to_go_on(file, assignments, folder))
             raise
-        for draw in (_draw_partition, _draw_embeddings):
-            try:
-                draw(experiment, folder)
-            except Exception as e:  # the numbers are there: no picture is worth a run
-                what = draw.__name__.removeprefix("_draw_")
-                said = f"{type(e).__name__}: {' '.join(str(e).split())}"
-                logging.getLogger("fedsim").warning("the picture of the %s was not drawn: %s", what, said)
+        _draw_partition(experiment, folder)
+        _draw_embeddings(experiment, folder)
         progress.closing(summary, write(folder))
         if (folder / "privacy.txt").exists():
             print((folder / "privacy.txt").read_text())
         folders.append(folder)
     if len(folders) > 1:
         compare(folders, base / "compare.html")
-
-
-def _tables(file: Path) -> dict[str, Any]:
-    """The tables of an experiment's file; beside it lie the files and modules that it names."""
-    from fedsim import config, registry
-
-    registry.look_in(file.parent)
-    return config.read(file)
 
 
 def _how_to_go_on(file: Path, assignments: list[str], folder: Path) -> str:
@@ -123,6 +111,20 @@ def _folder(assignments: list[str]) -> str:
     return name if name == swept and len(name) <= 120 else f"{name[:100]}-{sha256(swept.encode()).hexdigest()[:12]}"
 
 
+def _or_warn(draw: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
+    """The numbers are there when pictures are drawn: none of them is worth a run."""
+
+    def drawn(experiment: Any, folder: Path) -> None:
+        try:
+            draw(experiment, folder)
+        except Exception as e:
+            what, said = draw.__name__.removeprefix("_draw_"), f"{type(e).__name__}: {' '.join(str(e).split())}"
+            logging.getLogger("fedsim").warning("the picture of the %s was not drawn: %s", what, said)
+
+    return drawn
+
+
+@_or_warn
 def _draw_partition(experiment: Any, folder: Path) -> None:
     from fedsim import data, files
     from fedsim.data import show
@@ -154,6 +156,7 @@ def run_app(
         raise FedsimError(f"{len(ours.failures)} of {ours.messages} messages failed")
 
 
+@_or_warn
 def _draw_embeddings(experiment: Any, folder: Path) -> None:
     from fedsim.report import embeddings
 
@@ -378,6 +381,14 @@ def privacy_audit(
         print(row)
     if not passed:
         raise FedsimError("the mechanism does not give what is claimed")
+
+
+def _tables(file: Path) -> dict[str, Any]:
+    """The tables of an experiment's file; beside it lie the files and modules that it names."""
+    from fedsim import config, registry
+
+    registry.look_in(file.parent)
+    return config.read(file)
 
 
 def _private(file: Path, overrides: list[str] | None) -> Any:
