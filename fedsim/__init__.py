@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsim import tree
-    from fedsim.config import Experiment, StrategyConfig, TaskConfig
+    from fedsim.config import DatasetConfig, Experiment, PartitionConfig, StrategyConfig, TaskConfig
+    from fedsim.data.dataset import Dataset, Partition, Split
+    from fedsim.errors import ConfigError, DataError
     from fedsim.rng import Key
     from fedsim.types import (
         Batch,
@@ -28,11 +30,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Done", "Experiment", "Key", "Local", "Mean", "Metrics", "Pass", "Payload", "Phase", "Reducer", "Report",
-    "Schedule", "Strategy", "StrategyConfig", "Task", "TaskConfig", "Tree", "Visit", "__version__", "tree",
+    "Batch", "ConfigError", "DataError", "Dataset", "DatasetConfig", "Done", "Experiment", "Key", "Local", "Mean",
+    "Metrics", "Partition", "PartitionConfig", "Pass", "Payload", "Phase", "Reducer", "Report", "Schedule", "Split",
+    "Strategy", "StrategyConfig", "Task", "TaskConfig", "Tree", "Visit", "__version__", "tree",
 ]  # fmt: skip
 
-_HOME = {"Experiment": "config", "StrategyConfig": "config", "TaskConfig": "config", "Key": "rng"}
+_HOME = {
+    "Experiment": "config", "DatasetConfig": "config", "PartitionConfig": "config", "StrategyConfig": "config",
+    "TaskConfig": "config", "Dataset": "data.dataset", "Partition": "data.dataset", "Split": "data.dataset",
+    "ConfigError": "errors", "DataError": "errors", "Key": "rng",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

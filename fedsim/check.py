@@ -325,7 +325,7 @@ def name_alone(of: Subject) -> None:
     try:
         of.plugin.Config.model_validate({"name": of.name})
     except ValidationError as e:
-        raise Broken("; ".join(config.explain(e, of.plugin.Config, "strategy"))) from None
+        raise Broken("; ".join(config.explain(e, of.plugin.Config, {"name": of.name}, "strategy"))) from None
     bare = of._replace(settings={"name": of.name})
     cohort = of.plugin.Config.model_validate(bare.settings).cohort
     if cohort > len(SIZES):

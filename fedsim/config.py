@@ -19,6 +19,8 @@ from fedsim import registry
 from fedsim.errors import ConfigError, did_you_mean
 
 BARE = re.compile("[A-Za-z0-9_-]+")  # a key that TOML writes without quotes
+# Keys that mean something else in each table that has them: where one stands says nothing of where it belongs.
+COMMON = {"batch_size", "clients", "every", "examples", "labels", "local", "method", "mode", "name", "size", "step"}
 MAX_BYTES = 1 << 20  # a config is written by hand; anything larger is a mistake or an attack
 
 
@@ -233,7 +235,9 @@ def parse(tables: Mapping[str, Any]) -> Experiment:
         experiment = Experiment.model_validate(ready)
     except ValidationError as e:
         problems += [
-            p for p in explain(e, Experiment) if p.split(":")[0] not in failed | {"data.dataset", "data.partition"}
+            p
+            for p in explain(e, Experiment, ready)
+            if p.split(":")[0] not in failed | {"data.dataset", "data.partition"}
         ]
     if problems:
         raise ConfigError(*(_at_home(p, tables) for p in dict.fromkeys(problems)))
@@ -246,6 +250,8 @@ def _at_home(problem: str, tables: Mapping[str, Any]) -> str:
     if not what.startswith("unknown key"):
         return problem
     key = path.rpartition(".")[2]
+    if key in COMMON:
+        return problem
     for table, fields in _tables(tables):
         if key in fields:
             return f"{path}: unknown key; it belongs to {f'[{table}]' if table else 'the top of the file'}"
@@ -294,7 +300,7 @@ def _plugin(
         try:
             return model.model_validate(dict(table))
         except ValidationError as e:
-            raise ConfigError(*explain(e, model, path, others)) from None
+            raise ConfigError(*explain(e, model, table, path, others)) from None
     except ConfigError as e:
         problems += [p if p.startswith(path) else f"{where}: {p}" for p in e.problems]
         return None
@@ -306,6 +312,23 @@ BASES: dict[str, type[BaseModel]] = {
     "tasks": TaskConfig,
     "strategies": StrategyConfig,
 }
+
+
+def groups_of(name: str) -> list[str]:
+    """The groups in which a plugin has this name; for one of the user's own, the group that it has the shape of.
+
+    Raises ``ConfigError`` where one's own cannot be imported.
+    """
+    groups = [group for group in registry.GROUPS if name in registry.installed(group)]
+    if groups or not registry.is_own(name):
+        return groups
+    plugin = registry.own(name)
+    model = getattr(plugin, "Config", None)
+    if model is None and callable(plugin):
+        from torch import nn
+
+        return ["tasks" if not isinstance(plugin, type) or issubclass(plugin, nn.Module) else "strategies"]
+    return [g for g, base in BASES.items() if isinstance(model, type) and issubclass(model, base)] or ["strategies"]
 
 
 def config_of(group: str, name: str) -> type[BaseModel]:
@@ -321,40 +344,84 @@ def check(model: type[C], table: Mapping[str, Any], path: str = "") -> C:
     try:
         return model.model_validate(dict(table))
     except ValidationError as e:
-        raise ConfigError(*explain(e, model, path)) from None
+        raise ConfigError(*explain(e, model, table, path)) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", others: Sequence[str] = ()) -> list[str]:
-    """One line a problem: where, what is expected, what was found, and the nearest name for a typo."""
-    lines = []
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    table: Mapping[str, Any],
+    prefix: str = "",
+    others: Sequence[str] = (),
+) -> list[str]:
+    """One line a problem of ``table``: where, what is expected, what was found, and the nearest name for a typo."""
+    lines: list[str] = []
+    expected: dict[tuple[str, str], list[str]] = {}  # of each place with the wrong value there: each kind has its own
     for item in error.errors():
-        loc = [part if BARE.fullmatch(part) else repr(part) for part in map(str, item["loc"])]
+        raw, kind = list(map(str, item["loc"])), item["type"]
+        loc = [part if BARE.fullmatch(part) else repr(part) for part in _written(item["loc"], table, kind)]
         where = ".".join(([prefix] if prefix else []) + loc)
-        if item["type"] == "extra_forbidden":
-            known = [*_fields_at(model, loc[:-1]), *(others if len(loc) == 1 else ())]
+        if kind == "extra_forbidden":
+            known = [*_fields_at(model, raw[:-1]), *(others if len(loc) == 1 else ())]
             hint = did_you_mean(loc[-1], known) or (f"; known: {', '.join(sorted(known))}" if known else "")
             lines.append(f"{where}: unknown key{hint}")
-        elif item["type"] == "missing":
+        elif kind == "missing":
             lines.append(f"{where}: missing")
-        elif item["type"] == "value_error":
+        elif kind == "union_tag_not_found":
+            lines.append(f"{where}.{item['ctx']['discriminator'][1:-1]}: missing")
+        elif kind == "union_tag_invalid":
+            key, tag, tags = (str(item["ctx"][of]) for of in ("discriminator", "tag", "expected_tags"))
+            *most, last = tags.split(", ")
+            hint = did_you_mean(tag, re.findall("'(.*?)'", tags))
+            lines.append(f"{where}.{key[1:-1]}: must be {', '.join(most)} or {last} (got {tag!r}){hint}")
+        elif kind == "value_error":
             message = str(item["ctx"]["error"])
             lines.append(f"{where}.{message}" if where else message)
         else:
             message = item["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
             message = message.replace("less than or equal to", "at most")
-            lines.append(f"{where}: {message[0].lower()}{message[1:]} (got {item['input']!r})")
+            if kind in ("dict_type", "model_type", "model_attributes_type"):
+                message = "must be a table"
+            place = where, f"(got {item['input']!r})"
+            if place not in expected:
+                lines.append(where)
+            expected.setdefault(place, []).append(f"{message[0].lower()}{message[1:]}")
+    for (where, got), (first, *rest) in expected.items():
+        what = " or ".join([first, *(message.removeprefix("must be ") for message in rest)])
+        lines[lines.index(where)] = f"{where}: {what} {got}"
     return lines
 
 
+def _written(loc: Sequence[str | int], table: Mapping[str, Any], kind: str) -> list[str]:
+    """A location of pydantic's without the names that it gives to the members of a union, which stand in no file."""
+    value: Any = table
+    parts = []
+    for i, part in enumerate(loc):
+        missing = kind == "missing" and i == len(loc) - 1
+        if missing or (isinstance(value, Mapping) and part in value):
+            parts.append(str(part))
+            value = None if missing else value[part]
+        elif isinstance(value, list | tuple) and isinstance(part, int):
+            parts.append(str(part))
+            value = value[part]
+    return parts
+
+
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The known keys of the table at ``path`` inside ``model``."""
+    """The known keys of the table at ``path`` inside ``model``; of a union, those of the member that is named there."""
+    models = [model]
     for part in path:
-        field = model.model_fields.get(part)
-        inner = next((t for t in _types(field.annotation) if issubclass(t, BaseModel)), None) if field else None
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
+        fields = [of.model_fields[part] for of in models if part in of.model_fields]
+        if fields:
+            models = [t for field in fields for t in _types(field.annotation) if issubclass(t, BaseModel)]
+        else:
+            models = [of for of in models if part in _tags(of)]
+    return list(dict.fromkeys(name for of in models for name in of.model_fields))
+
+
+def _tags(model: type[BaseModel]) -> list[Any]:
+    kinds = (field.annotation for field in model.model_fields.values())
+    return [tag for kind in kinds if get_origin(kind) is Literal for tag in get_args(kind)]
 
 
 def _types(annotation: Any) -> Iterator[type]:

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import tomli_w
 
-from fedsim import certificates, config, files, offline
+from fedsim import certificates, config, files, offline, registry
 from fedsim.config import Experiment
 from fedsim.errors import ConfigError, FedsimError
 
@@ -357,8 +357,9 @@ def write_app(folder: Path, experiment: Experiment, settings: Mapping[str, Any])
     Raises ``ConfigError`` for plugins that are files of this machine: nodes do not have them.
     """
     resolved = config.dump(experiment)
-    for name in (experiment.strategy.name, experiment.task.model, experiment.data.dataset.name):
-        if name.endswith(".py"):
+    data = experiment.data
+    for name in (experiment.strategy.name, experiment.task.model, data.dataset.name, data.partition.name):
+        if registry.file_of(name):
             raise ConfigError(f"'{name}': is a file of this machine; nodes need a plugin that is installed there")
     known = ("out", "resume", "timeout", "wait")
     given = {name: settings[name] for name in known if name in settings}

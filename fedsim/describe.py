@@ -62,7 +62,7 @@ def _first_sentence(text: str) -> str:
 def about(plugin: Any) -> str:
     """A plugin's own docstring: its module's, its class's, or else that of its ``Config``."""
     own = inspect.isclass(plugin) or isinstance(plugin, ModuleType) or "__doc__" in getattr(plugin, "__dict__", {})
-    return inspect.cleandoc((plugin.__doc__ if own else plugin.Config.__doc__) or "")
+    return inspect.cleandoc((plugin.__doc__ if own else None) or plugin.Config.__doc__ or "")
 
 
 def settings(model: type[BaseModel]) -> list[str]:

@@ -1,13 +1,16 @@
 """Plugins by name. Ours are registered in the same way as a stranger's: by entry points.
 
-A name is an entry point of the group, ``package.module:object``, or a file of one's own (``mine.py``). What it gives is
-a module or object with ``Config`` and ``build``, or a class of Flower's (strategies), or a function that returns an
-``nn.Module`` (tasks).
+A name is an entry point of the group, ``package.module:object``, a file of one's own (``mine.py``), or an object in one
+(``mine.py:object``). What it gives is a module or object with ``Config`` and ``build``, or a class of Flower's
+(strategies), or a function that returns an ``nn.Module`` (tasks).
+
+Files and modules of one's own are looked for beside the experiment (``look_in``), then in the working directory.
 """
 
 import importlib.util
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, reduce
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +20,7 @@ from fedsim import errors
 from fedsim.errors import ConfigError, did_you_mean
 
 GROUPS = ("strategies", "tasks", "datasets", "partitioners")
+_beside: list[Path] = []
 
 
 @cache
@@ -37,29 +41,69 @@ def clashes(group: str) -> dict[str, list[str]]:
     return {name: [e.value for e in entries] for name, entries in _entries(group).items() if len(entries) > 1}
 
 
-def load(group: str, name: str) -> Any:
-    """The plugin of this name. Raises ``ConfigError``: unknown name (nearest one suggested), or broken plugin."""
-    known = installed(group)
-    of = f"'{name}'"
-    plugin: Any
+def look_in(*folders: Path) -> None:
+    """From now on, files and modules of one's own are looked for in these folders before the working directory."""
+    _beside[:] = [folder.resolve() for folder in folders]
+
+
+def folders() -> list[Path]:
+    """Where files and modules of one's own are looked for, in this order."""
+    return list(dict.fromkeys([*_beside, Path.cwd()]))
+
+
+def see_folders() -> None:
+    """Let modules be imported from ``folders``: a console script does not even see where it is called from."""
+    for folder in folders():
+        if str(folder) not in sys.path and not (folder == Path.cwd() and "" in sys.path):
+            importlib.invalidate_caches()
+            sys.path.append(str(folder))
+
+
+def file_of(name: str) -> tuple[str, list[str]] | None:
+    """The file that a name stands for, and the way to the object in it; None for a name of another kind."""
+    file, _, attribute = name.rpartition(":")
+    if name.endswith(".py"):
+        return name, []
+    return (file, attribute.split(".")) if file.endswith(".py") else None
+
+
+def is_own(name: str) -> bool:
+    """Whether a name says itself where the plugin lies: ``package.module:object``, a file, or an object in one."""
+    return ":" in name or name.endswith(".py")
+
+
+def own(name: str) -> Any:
+    """The object, or the module, of such a name. Raises ``ConfigError`` where it cannot be imported."""
+    see_folders()
+    file = file_of(name)
+    if file is None:
+        return _loaded(f"'{name}'", EntryPoint(name, name, "fedsim").load)
+    path, attributes = file
+    return _loaded(f"'{name}'", lambda: reduce(getattr, attributes, _file(Path(path))))
+
+
+def _loaded(of: str, load: Callable[[], Any]) -> Any:
     try:
-        if name.endswith(".py"):
-            plugin = _file(Path(name))
-        elif ":" in name:
-            _see_current_folder()
-            plugin = EntryPoint(name, name, f"fedsim.{group}").load()
-        elif name in clashes(group):
-            raise ConfigError(f"two plugins are named {of}: {' and '.join(clashes(group)[name])}")
-        elif name in known:
-            of = f"'{name}' ({known[name].value})"
-            plugin = known[name].load()
-        else:
-            raise ConfigError(f"{of} not found{did_you_mean(name, list(known))} (installed: {', '.join(known)})")
+        return load()
     except ConfigError:
         raise
     except (Exception, SystemExit) as e:  # a module that ends the program would end ours
         reason = " ".join(str(e).split())
         raise ConfigError(f"plugin {of} cannot be loaded: {type(e).__name__}: {reason}") from e
+
+
+def load(group: str, name: str) -> Any:
+    """The plugin of this name. Raises ``ConfigError``: unknown name (nearest one suggested), or broken plugin."""
+    known, of = installed(group), f"'{name}'"
+    if is_own(name):
+        plugin = own(name)
+    elif name in clashes(group):
+        raise ConfigError(f"two plugins are named {of}: {' and '.join(clashes(group)[name])}")
+    elif name in known:
+        of = f"{of} ({known[name].value})"
+        plugin = _loaded(of, known[name].load)
+    else:
+        raise ConfigError(f"{of} not found{did_you_mean(name, list(known))} (installed: {', '.join(known)})")
     if group == "strategies" and isinstance(plugin, type) and not hasattr(plugin, "Config"):
         # A class that is no plugin can only be a strategy of Flower's; the adapter that runs it lives at the edge.
         return importlib.import_module("strategies.flower").plugin(name, plugin)
@@ -67,7 +111,8 @@ def load(group: str, name: str) -> Any:
         return importlib.import_module("fedsim.tasks").plugin(name, plugin)  # a function that returns an nn.Module
     for needed in ("Config", "build"):
         if not hasattr(plugin, needed):
-            raise ConfigError(f"plugin {of} has no '{needed}'")
+            hint = f"; an object in it is named '{name}:OBJECT'" if name.endswith(".py") else ""
+            raise ConfigError(f"plugin {of} has no '{needed}'{hint}")
     return plugin
 
 
@@ -85,19 +130,12 @@ def build(group: str, name: str, where: str, *args: Any) -> Any:
         raise ConfigError(f"{where}: '{name}' cannot be built: {what} ({errors.where(e)})") from e
 
 
-def _see_current_folder() -> None:
-    """A console script does not see the folder it is called from; a user's own module usually lies there."""
-    here = str(Path.cwd())
-    if "" not in sys.path and here not in sys.path:
-        importlib.invalidate_caches()
-        sys.path.append(here)
-
-
 def _file(path: Path) -> ModuleType:
     """The module in a file, loaded once."""
-    where = path.resolve()
+    places = [(folder / path).resolve() for folder in folders()]
+    where = next((place for place in places if place.is_file()), places[-1])
     loaded = sys.modules.get(where.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(where):
+    if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == where:
         return loaded
     if loaded is not None:
         raise ConfigError(f"'{path}': a module '{where.stem}' is already loaded from elsewhere; rename the file")

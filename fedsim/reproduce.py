@@ -46,7 +46,7 @@ import numpy as np
 import tomli_w
 from pydantic import Field, model_validator
 
-from fedsim import claims, config, files, offline, record
+from fedsim import claims, config, files, offline, record, registry
 from fedsim.claims import Grid, Result, Table
 from fedsim.config import Closed
 from fedsim.errors import ConfigError, FedsimError, Stopped
@@ -217,6 +217,7 @@ def _axes(run: RunSpec) -> dict[str, tuple[Any, ...]]:
 def _jobs(spec: Claims, axes: Mapping[str, Mapping[str, Sequence[Any]]], base: Path, cache: Path) -> list[Job]:
     """Every run of every cell and seed. Raises ``ConfigError`` with the run's name for a config that is wrong."""
     jobs = []
+    registry.look_in(*((base / run.file).parent for run in spec.runs.values()))
     for name, run in spec.runs.items():
         tables = config.read(base / run.file)
         for cell, assignments in enumerate(config.sweep(list(run.grid.values()))):
@@ -279,7 +280,8 @@ def _each(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, str | None]]
             yield job, _one(job.tables, job.folder)
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that are started now
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn, beside = multiprocessing.get_context("spawn"), tuple(registry.folders())
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, registry.look_in, beside) as pool:
         waiting = {pool.submit(_one, job.tables, job.folder): job for job in jobs}
         try:
             with stoppable():

@@ -29,6 +29,14 @@ def spoiled_generators() -> None:
     torch.manual_seed(salt)
 
 
+@pytest.fixture(autouse=True)
+def nothing_beside() -> None:
+    """A process runs one command; a test that runs several leaves no folder behind in which the next would look."""
+    from fedsim import registry
+
+    registry.look_in()
+
+
 @pytest.fixture
 def experiments() -> Path:
     return Path(__file__).parent.parent / "experiments"

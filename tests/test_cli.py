@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +170,19 @@ def test_run_is_quiet_in_a_pipe_and_says_where_the_report_is(tmp_path: Path) -> 
     assert len(answer.err.splitlines()) <= 1, answer.err  # how clients are run, and why
 
 
+def test_no_picture_fails_a_finished_run(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("fedsim.data.show.draw", fail)
+    answer = call("run", runs.write(tmp_path / "e.toml", "rounds=1"), "--out", "out")
+    assert answer.code == 0 and answer.out.splitlines()[-1] == "report: out/report.html"
+    assert caplog.messages[-1] == "the picture of the partition was not drawn: RuntimeError: no ink"
+    assert not (tmp_path / "out" / "partition.svg").exists()
+
+
 def test_twice_the_same(tmp_path: Path) -> None:
     """In whatever order blocks are run, the numbers are the same to the last bit."""
     orders = [None, lambda starts: starts[::-1], lambda starts: starts[1:] + starts[:1]]
@@ -268,4 +282,5 @@ def test_data_commands(call: Call, tmp_path: Path) -> None:
     assert re.search(r"^digits +yes +- ", answer.out, re.MULTILINE)
     shown = call("data", "show", runs.write(tmp_path / "e.toml"), "--out", "p.svg")
     assert shown.code == 0 and (tmp_path / "p.svg").exists()
+    assert shown.out.startswith("digits: 12 clients\nclient  examples  holdout  labels") and "array" not in shown.out
     assert call("data", "get", "digits").code == 0

@@ -1,6 +1,7 @@
 """`huggingface`: a data set of the Hugging Face Hub by its id, or of a local folder, through the `datasets` library.
 
-An id needs a network where the library has not cached it; a folder never does. It holds either what
+An id needs a network where the library has not cached it, and fedsim asks the Hub only where the environment says so:
+``HF_HUB_OFFLINE=0 fedsim run …``, once. A folder never needs that. It holds either what
 ``Dataset.save_to_disk`` wrote, or files that ``datasets.load_dataset`` reads (csv, parquet, folders of images).
 
 Two kinds are read, by the columns of the table. ``image``: pictures of one size, as float32 (N, C, H, W) in [0, 1],
@@ -76,6 +77,8 @@ def _table(config: Config, split: str) -> Any:
     # The library raises some twenty kinds of errors: its own, the Hub's, the network's; they differ by version.
     except Exception as e:
         reason = " ".join(str(e).split())[:300]
+        if datasets.config.HF_HUB_OFFLINE and config.path[0] not in "/.~" and not Path(config.path).exists():
+            reason += "; it is neither a folder here nor cached: to fetch it from the Hub, set HF_HUB_OFFLINE=0 once"
         raise DataError(f"data.path: {config.path}, split '{split}': {type(e).__name__}: {reason}") from None
     finally:
         if shown:
@@ -86,7 +89,22 @@ def _column(table: Any, option: str, name: str) -> Column:
     if name not in table.column_names:
         known = ", ".join(table.column_names)
         raise DataError(f"data.{option}: no column '{name}'{did_you_mean(name, table.column_names)} (columns: {known})")
-    return np.asarray(table.with_format(None)[name][:])
+    try:
+        column = np.asarray(table.with_format(None)[name][:])
+    except ValueError:  # lists of several lengths
+        raise DataError(f"data.{option}: column '{name}' has lists that do not all have one length") from None
+    empty = [row for row, cell in enumerate(column) if _is_empty(cell)] if column.dtype == np.object_ else []
+    if empty:
+        split = f" of split '{table.split}'" if table.split else ""
+        raise DataError(
+            f"data.{option}: column '{name}' has no value in row {empty[0]}{split}, counted from 0"
+            f" ({len(empty)} such row{'s' * (len(empty) > 1)}); nothing is imputed"
+        )
+    return column
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, list | np.ndarray) and any(map(_is_empty, cell)))
 
 
 def _codes(feature: Any, labels: list[Column], name: str) -> tuple[int, list[npt.NDArray[np.int64]]]:

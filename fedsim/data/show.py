@@ -1,6 +1,6 @@
 """A look at a partition: how many examples clients have, and of which labels.
 
-Both functions ask a bounded number of clients, evenly spread over the population: a million of them is no more work.
+All functions ask a bounded number of clients, evenly spread over the population: a million of them is no more work.
 """
 
 import io
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedsim import describe
 from fedsim.data.dataset import Federation
 from fedsim.errors import ConfigError
 
 SHOWN = 60  # clients in the table and in the picture
+LISTED = 10  # labels of a client in the table
 SIZED = 2000  # clients whose sizes make the histogram
 # Paul Tol's "muted" scheme: nine colours that differ for every kind of colour blindness, and a grey for the rest.
 COLOURS = ("#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#AA4499", "#44AA99", "#999933", "#882255")
@@ -54,6 +56,28 @@ def summary(federation: Federation, limit: int = SHOWN) -> list[Row]:
         held = federation.size(client, "holdout")
         rows.append(Row(client, names.pop() if len(names) == 1 else "", len(mine), held, counts))
     return rows
+
+
+def lines(federation: Federation) -> list[str]:
+    """``summary`` in words: how many clients there are and which are shown, then a line each under a heading."""
+    clients, rows = len(federation), summary(federation)
+    few = f"; {len(rows)} of them, from the smallest to the largest" if len(rows) < clients else ""
+    if clients > SIZED and few:
+        few += f" of {SIZED:,}"
+    owned, held = any(row.name for row in rows), any(row.holdout for row in rows)
+    table = [("client", *["owner"] * owned, "examples", *["holdout"] * held, "labels (label:examples)")]
+    for row in rows:
+        owner, holdout = [row.name] * owned, [f"{row.holdout:,}"] * held
+        table.append((f"{row.client:,}", *owner, f"{row.examples:,}", *holdout, _counts(row.labels)))
+    return [f"{federation.dataset.name}: {clients:,} client{'s' * (clients != 1)}{few}", *describe.table(table)]
+
+
+def _counts(labels: npt.NDArray[np.int64]) -> str:
+    """The ten most common labels with their counts, in the order of the labels."""
+    common = np.argsort(-labels, kind="stable")[:LISTED]
+    said = " ".join(f"{label}:{labels[label]}" for label in np.sort(common) if labels[label])
+    others = np.count_nonzero(labels) - np.count_nonzero(labels[common])
+    return f"{said} and {others} others" if others else said
 
 
 def draw(federation: Federation, path: Path | None = None) -> str:

@@ -116,6 +116,7 @@ class World(NamedTuple):
     name: str
     train: tuple[Any, Any]
     test: tuple[Any, Any]
+    owners: tuple[Any, Any]  # the natural owners of both splits, by which a partitioner may ask
     classes: int
     partition: Partition | None  # None: the worker makes it again from the config
     holdout: float
@@ -130,19 +131,21 @@ def export(federation: Federation) -> World:
         return s.x.cpu().numpy(), s.y.cpu().numpy()
 
     held = federation.partition if isinstance(federation.partition, Lists) else None
-    return World(d.name, arrays(d.train), arrays(d.test), d.classes, held, federation.holdout, federation.key)
+    owners = d.train.client, d.test.client
+    return World(d.name, arrays(d.train), arrays(d.test), owners, d.classes, held, federation.holdout, federation.key)
 
 
 def load(world: World, experiment: Experiment, device: torch.device) -> Federation:
     """The federation of a world. On a CPU its tensors are the shared memory itself, which nobody writes."""
 
-    def split(arrays: tuple[Any, Any]) -> Split:
+    def split(arrays: tuple[Any, Any], owners: Any) -> Split:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch cannot mark memory as read-only, and says so
             x, y = (torch.from_numpy(a) for a in arrays)
-        return Split(x.to(device), y.to(device))
+        return Split(x.to(device), y.to(device), owners)
 
-    dataset = Dataset(world.name, split(world.train), split(world.test), world.classes)
+    train, test = map(split, (world.train, world.test), world.owners)
+    dataset = Dataset(world.name, train, test, world.classes)
     partition = world.partition
     if partition is None:
         partitioner = registry.load("partitioners", experiment.data.partition.name)
@@ -155,6 +158,7 @@ class Driver(NamedTuple):
 
     home: str | None
     path: list[str]  # where a user's own modules are found
+    folders: list[Path]  # and files
 
 
 class Actor:
@@ -164,6 +168,7 @@ class Actor:
         if driver.home is not None:
             os.environ["HOME"] = driver.home  # Ray was started in one of its own
         sys.path += [folder for folder in driver.path if folder not in sys.path]
+        registry.look_in(*driver.folders)
         offline.prepare()
         identify()
         logging.getLogger("fedsim").setLevel(logging.ERROR)  # what matters is in the answers
@@ -509,7 +514,7 @@ class RayGrid(BlockGrid):
         # Where machines were counted, none gets more than it has room for.
         memory = {"memory": each} if asked is None and not self._cluster.ours else {}
         remote = ray.remote(num_cpus=1, num_gpus=found.share, max_restarts=0, max_task_retries=0, **memory)(Actor)
-        driver, secret = Driver(os.environ.get("HOME"), list(sys.path)), self._secret
+        driver, secret = Driver(os.environ.get("HOME"), list(sys.path), registry.folders()), self._secret
         self._workers = Pool(
             lambda: remote.remote(tables, world, secret, driver), found.workers, engine.deadline, self._cluster.local
         )

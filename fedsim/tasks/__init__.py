@@ -2,7 +2,7 @@
 
 A task plugin is a module with ``Config`` (a ``TaskConfig``, or a ``ModuleConfig`` for an ``nn.Module``) and
 ``build(config, dataset, population) -> Task``. A user's own model needs neither: ``model = "package.module:function"``
-names a function that returns an ``nn.Module``.
+(or ``"mine.py:function"``) names a function that returns an ``nn.Module``.
 """
 
 import inspect
@@ -42,4 +42,4 @@ def plugin(name: str, function: Callable[..., nn.Module]) -> SimpleNamespace:
     def build(config: Config, dataset: Dataset, population: int) -> Task:
         return from_dataset(lambda: function(**config.args), config, dataset, population)
 
-    return SimpleNamespace(Config=Config, build=build)
+    return SimpleNamespace(Config=Config, build=build, __doc__=function.__doc__)

@@ -8,16 +8,14 @@ A user's own function is ``function = "package.module:name"``, called as ``name(
 shape (). A function of torch operations alone may be called for many points at once (``batched = true``).
 """
 
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedsim import registry
 from fedsim.config import TaskConfig
 from fedsim.data.dataset import Dataset
 from fedsim.errors import ConfigError
@@ -29,7 +27,7 @@ Value = Callable[[Tensor, Tensor], Any]
 
 class Config(TaskConfig):
     model: Literal["objective"] = "objective"
-    function: str = Field(description="package.module:name of the function")
+    function: str = Field(description="package.module:name of the function, or file.py:name")
     dimension: int = Field(ge=1, description="d")
     low: float = Field(0.0, description="where the function's domain begins, in every coordinate")
     high: float = Field(1.0, description="where it ends")
@@ -50,16 +48,13 @@ def build(config: Config, dataset: Dataset, population: int) -> Task:
 
 
 def imported(name: str) -> Value:
-    """The function ``package.module:name``. Raises ``ConfigError``."""
-    module, _, attribute = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        # A console script does not see the folder it is called from; a user's own module usually lies there.
-        importlib.invalidate_caches()
-        sys.path.append(str(Path.cwd()))
+    """The function ``package.module:name``, or ``file.py:name``. Raises ``ConfigError``."""
+    if not registry.is_own(name):
+        raise ConfigError(f"task.function: must be package.module:name or file.py:name (got '{name}')")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as e:
-        raise ConfigError(f"task.function: '{name}' cannot be loaded: {type(e).__name__}: {e}") from e
+        found = registry.own(name)
+    except ConfigError as e:
+        raise ConfigError(*(f"task.function: {problem}" for problem in e.problems)) from e
     if not callable(found):
         raise ConfigError(f"task.function: '{name}' is not a function")
     return found  # type: ignore[no-any-return]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of input and answer read best a line a row
 """Data sets: what is bundled loads offline; what was fetched loads, else its test is skipped with the reason."""
 
 import subprocess
@@ -12,8 +13,9 @@ import torch
 from fedsim import config, registry
 from fedsim.config import DataConfig
 from fedsim.data import fashion_mnist, federation, fetch, heart_disease, idx, shakespeare
-from fedsim.data.dataset import Dataset, validate
+from fedsim.data.dataset import Dataset, Federation, Split, validate
 from fedsim.errors import ConfigError, DataError
+from fedsim.rng import Key
 
 
 def load(name: str, **options: Any) -> Dataset:
@@ -97,6 +99,50 @@ def test_a_partitioner_that_leaves_clients_empty_is_named(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DataError, match="bad_for_fedsim:bad leaves client 1 of 2 without examples"):
         federation(data({"name": "digits"}, {"name": "bad_for_fedsim:bad"}), 0)
+
+
+GOOD = Split(torch.rand(6, 4), torch.arange(6) % 3, np.array(list("aabbcc")))
+WRONG: dict[str, tuple[Any, str]] = {
+    "a tuple": ((GOOD, GOOD), "data: must be a fedsim.Dataset (got tuple)"),
+    "a dict": ({"train": GOOD}, "data: must be a fedsim.Dataset (got dict)"),
+    "a pair": (Dataset("mine", (GOOD.x, GOOD.y), GOOD, 3), "data: train and test must be a fedsim.Split (got tuple)"),  # type: ignore[arg-type]
+    "no classes": (Dataset("mine", GOOD, GOOD, None), "data: classes must be a whole number of at least 1 (got None)"),  # type: ignore[arg-type]
+    "arrays": (GOOD._replace(x=GOOD.x.numpy()), "data: mine train: x must be a torch.Tensor (got ndarray)"),
+    "a list": (GOOD._replace(y=[0] * 6), "data: mine train: y must be a torch.Tensor (got list)"),
+    "int32": (GOOD._replace(y=GOOD.y.int()), "data: mine train: y must be torch.int64, (N,) or (N, T) (got torch.int32 (6,))"),
+    "float": (GOOD._replace(y=GOOD.y.float()), "data: mine train: y must be torch.int64, (N,) or (N, T) (got torch.float32 (6,))"),
+    "owners": (GOOD._replace(client=np.array(["a", "b"])), "data: mine train: client must name the owner of each of 6 examples (got (2,))"),
+    "numbers": (GOOD._replace(client=np.arange(6)), "data: mine train: client must be a NumPy array of strings (got int64); np.array(…).astype(str) is one"),
+    "names": (GOOD._replace(client=list("aabbcc")), "data: mine train: client must be a NumPy array of strings (got list); np.array(…).astype(str) is one"),
+    "NaN": (GOOD._replace(x=torch.full((6, 4), torch.nan)), "data: mine train has NaN or Inf in 6 rows (first: row 0)"),
+    "labels": (GOOD._replace(y=GOOD.y + 1), "data: mine train has labels 1..3, expected 0..2"),
+    "a width": (Dataset("mine", GOOD, GOOD._replace(x=torch.rand(6, 5)), 3), "data: mine x of an example must be float32 (4,) as in train (got float32 (5,) in test)"),
+    "a kind": (Dataset("mine", GOOD, GOOD._replace(x=torch.ones(6, 4).long()), 3), "data: mine x of an example must be float32 (4,) as in train (got int64 (4,) in test)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_own_data_of_other_types_is_refused(what: str) -> None:
+    given, said = WRONG[what]
+    with pytest.raises(DataError) as e:
+        validate(Dataset("mine", given, GOOD, 3) if isinstance(given, Split) else given)
+    assert str(e.value) == said
+
+
+def test_own_data_that_is_right_is_accepted() -> None:
+    assert validate(Dataset("mine", GOOD, GOOD, np.int64(3))).classes == 3  # type: ignore[arg-type]
+
+
+def test_numbers_that_the_dtype_cannot_hold_are_refused() -> None:
+    x = torch.rand(6, 4, dtype=torch.float64)
+    x[4, 1] = 1e300
+    split = Split(x, GOOD.y)
+    whole = Federation(validate(Dataset("mine", split, split, 3)), [np.arange(6)], 0.0, Key.root(0))
+    assert whole.to(torch.device("cpu"), torch.float64).dataset.train.x[4, 1] == 1e300
+    with pytest.raises(
+        DataError, match=r"data: mine train has numbers that float32 cannot hold in 1 rows \(first: row 4"
+    ):
+        whole.to(torch.device("cpu"), torch.float32)
 
 
 def test_reading_a_config_does_not_import_the_heavy_libraries() -> None:
@@ -263,6 +309,28 @@ def test_huggingface_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(str(e.value).splitlines()) == 1
 
 
+CELLS = {"features": ("age", "row 1", 2), "label": ("kind", "row 2", 1), "client": ("who", "row 0", 1)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the library leaves its files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("option", CELLS)
+def test_huggingface_says_where_a_value_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("age,kind,who,fine\n1.5,a,,1\n,b,x,1\n3,,y,2\n,a,y,2\n")
+    column, row, rows = CELLS[option]
+    options = {"features": ["fine"], "label": "fine"} | {option: [column] if option == "features" else column}
+    with pytest.raises(DataError) as e:
+        load("huggingface", path=str(tmp_path / "csv"), test="", **options)
+    assert str(e.value) == (
+        f"data.{option}: column '{column}' has no value in {row} of split 'train', counted from 0"
+        f" ({rows} such row{'s' * (rows > 1)}); nothing is imputed"
+    )
+
+
 def test_huggingface_images(tmp_path: Path) -> None:
     import datasets
     from PIL import Image
@@ -279,7 +347,9 @@ def test_huggingface_images(tmp_path: Path) -> None:
 
 
 def test_huggingface_offline_is_one_line() -> None:
-    with pytest.raises(DataError, match=r"data\.path: nobody/nothing, split 'train': ") as e:
+    with pytest.raises(
+        DataError, match=r"data\.path: nobody/nothing, split 'train': .* set HF_HUB_OFFLINE=0 once"
+    ) as e:
         load("huggingface", path="nobody/nothing", features=["a"])
     assert len(str(e.value).splitlines()) == 1
 

@@ -1,5 +1,7 @@
+# ruff: noqa: E501 - tables of input and answer read best a line a row
 """Partitions: each example in exactly one client, the key decides everything, and nothing infeasible ever hangs."""
 
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsim import registry
+from fedsim import data, registry
 from fedsim.data import flower
 from fedsim.data.dataset import Dataset, Federation, Partition, Split
 from fedsim.errors import ConfigError, DataError
@@ -125,6 +127,72 @@ def test_splits_on_disk_do_not_add_up(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_every_partitioner_of_ours_is_in_these_tests() -> None:
     elsewhere = {"dominant_groups", "label_skew"}  # test_dominant_groups.py, test_texts.py
     assert {str(o["name"]) for o in WHOLE} | {"sampled"} | elsewhere == set(registry.installed("partitioners"))
+
+
+class Liar(list[Any]):
+    def size(self, client: int) -> int:
+        return 7
+
+
+class Broken(list[Any]):
+    def __getitem__(self, client: Any) -> Any:
+        raise KeyError("no such owner")
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "masks": ([np.arange(300) < 150, np.arange(300) >= 150], r"mine must give client 0 whole numbers, \(n,\) \(got bool \(300,\)\)"),
+    "fractions": ([np.arange(3), np.array([0.2, 1.7])], r"mine must give client 1 whole numbers, .* \(got float64 \(2,\)\)"),
+    "2-D": ([np.arange(4).reshape(2, 2)], r"mine must give client 0 whole numbers, .* \(got int64 \(2, 2\)\)"),
+    "numbers": (np.arange(4), r"mine must give client 0 whole numbers, .* \(got int64 \(\)\)"),
+    "names": ("ab", r"mine must give client 0 whole numbers, .* \(got str\)"),
+    "nothing": (None, r"mine must build a Partition, with len\(\) and \[client\] \(got NoneType\)"),
+    "a generator": ((np.arange(3) for _ in range(2)), r"mine must build a Partition, .* \(got generator\)"),
+    "twice": ([np.arange(3), [4, 5, 4]], "mine gives client 1 an example twice"),
+    "negative": ([[-1, 2]], r"mine gives client 0 examples outside 0\.\.299"),
+    "a wrong size": (Liar([[1, 2]]), r"mine gives client 0 2 examples, and size\(0\) is 7"),
+    "an exception": (Broken([1, 2]), r"mine fails for client 0 of 2: KeyError: 'no such owner' \(test_partitions.py:\d+\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistaken_partition_is_named(what: str) -> None:
+    given, said = MISTAKES[what]
+    with pytest.raises(DataError) as e:
+        data._check("mine", given, world())
+    assert re.fullmatch(rf"data\.partition\.name: {said}", str(e.value))
+
+
+@pytest.mark.parametrize(
+    "given", [np.arange(300).reshape(6, 50), [[1, 2], [0]], torch.arange(300).reshape(6, 50).unbind()]
+)
+def test_plain_arrays_are_a_partition(given: Any) -> None:
+    data._check("mine", given, world())
+    held = Federation(world(), given, 0.0, Key.root(0))
+    assert [held.size(c, "train") for c in range(len(held))] == [
+        len(held.indices(c, "train")) for c in range(len(held))
+    ]
+
+
+def test_few_clients_of_a_million_are_drawn() -> None:
+    class Counted(list[Any]):
+        drawn = 0
+
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, client: Any) -> Any:
+            self.drawn += 1
+            return np.array([client % 300])
+
+    partition = Counted()
+    data._check("mine", partition, world())
+    assert partition.drawn == data.SPOT_CHECKS
+
+
+def test_a_client_that_was_not_looked_at_is_refused_when_it_is_asked() -> None:
+    held = Federation(world(), [np.arange(300) < 9], 0.0, Key.root(0))
+    with pytest.raises(DataError, match="must give client 0 whole numbers"):
+        held.indices(0, "train")
 
 
 @few

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedsim import registry
 from fedsim.config import DataConfig
 from fedsim.data import federation, show
-from fedsim.data.dataset import Federation
+from fedsim.data.dataset import Dataset, Federation, Split
 from fedsim.errors import ConfigError
+from fedsim.rng import Key
 
 
 def digits(partition: dict[str, Any], holdout: float = 0.0) -> Federation:
@@ -37,6 +39,32 @@ def test_summary_of_many_spans_the_sizes() -> None:
     sizes = [row.examples for row in show.summary(f, limit=7)]
     assert len(sizes) == 7 and sizes == sorted(sizes)
     assert sizes[0] == 1 and sizes[-1] == 50
+
+
+def test_lines_say_what_is_shown() -> None:
+    all_of_them = show.lines(digits({"name": "iid", "clients": 3}, holdout=0.1))
+    assert all_of_them[0] == "digits: 3 clients"
+    assert all_of_them[1].split() == ["client", "examples", "holdout", "labels", "(label:examples)"]
+    client, examples, holdout, *labels = all_of_them[2].split()
+    assert (client, examples, holdout) == ("0", "431", "48")
+    assert [label.partition(":")[0] for label in labels] == list("0123456789")
+    assert sum(int(label.partition(":")[2]) for label in labels) == 431
+    many = show.lines(digits({"name": "iid", "clients": 100}))
+    assert many[0] == "digits: 100 clients; 60 of them, from the smallest to the largest" and len(many) == 62
+    assert "holdout" not in many[1]
+    lazy = show.lines(digits({"name": "sampled", "clients": 10**6, "size": 5}))
+    assert lazy[0] == "digits: 1,000,000 clients; 60 of them, from the smallest to the largest of 2,000"
+
+
+def test_lines_of_owners_and_many_labels() -> None:
+    labels = torch.cat([torch.arange(20), torch.full((5,), 3), torch.full((3,), 17)])
+    split = Split(torch.zeros(28, 1), labels, np.repeat(["ann", "bob"], [27, 1]))
+    f = Federation(Dataset("mine", split, split, 20), [np.arange(27), [27]], 0.0, Key.root(0))
+    assert show.lines(f)[1].split()[:3] == ["client", "owner", "examples"]
+    assert show.lines(f)[2:] == [
+        "0       ann    27        0:1 1:1 2:1 3:6 4:1 5:1 6:1 7:1 8:1 17:3 and 10 others",
+        "1       bob    1         17:1",
+    ]
 
 
 def test_picture(tmp_path: Path) -> None:

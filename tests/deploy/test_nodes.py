@@ -127,6 +127,19 @@ def test_a_client_without_a_node_fails_the_run_or_is_left_out(tmp_path: Path) ->
     assert all(line["clients"] == 2 for line in lines(tmp_path / "drop"))
 
 
+def test_a_node_that_failed_to_say_who_it_is_is_asked_again(tmp_path: Path) -> None:
+    failed = []
+
+    def tamper(client: int, message: Message, reply: Message) -> Message | None:
+        if client == 1 and message.metadata.message_type == "query" and not failed:
+            failed.append(client)
+            return None
+        return reply
+
+    summary = deployed(experiment(*SMALL), tmp_path / "out", tmp_path / "nodes", tamper=tamper, wait=5.0)
+    assert failed and summary["status"] == "completed"
+
+
 def test_nobody_at_all_ends_the_run(tmp_path: Path) -> None:
     e = experiment(*SMALL, "engine.on_error=drop")
     with pytest.raises(FedsimError, match="3 of 3 clients have no node"):

@@ -343,7 +343,7 @@ def test_a_hypernetwork_without_conditioning_is_fedrep() -> None:
 def test_a_single_gradient_of_phi_is_not_sent_unless_told_to(setting: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="must be at least 2") as e:
         hyperfl.Config(**setting)  # type: ignore[arg-type]
-    (line,) = config.explain(e.value, hyperfl.Config, "strategy")
+    (line,) = config.explain(e.value, hyperfl.Config, setting, "strategy")
     assert line.startswith(f"strategy.{next(iter(setting))}: must be at least 2 (got 1)")
     hyperfl.Config(**setting, allow_single_step=True)  # type: ignore[arg-type]
 
