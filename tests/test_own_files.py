@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import runs
-from fedsim import config, data, registry
+from fedsim import config, data, deploy, registry
 from fedsim.errors import ConfigError
 from runs import Answer
 
@@ -123,6 +123,15 @@ def test_a_file_beside_the_experiment_comes_before_one_where_we_are(own: str, tm
     (elsewhere / f"{own}.py").write_text(SOURCE.replace("A small one.", "Another."))
     registry.look_in(elsewhere)
     assert registry.own(f"{own}.py:net").__doc__ == "Another."
+
+
+@pytest.mark.parametrize("key", ["task.model", "data.partition.name"])
+def test_nodes_do_not_have_the_file(key: str, own: str, tmp_path: Path) -> None:
+    registry.look_in(tmp_path)
+    name = f"{own}.py:{'net' if key == 'task.model' else 'halves'}"
+    tables = runs.tables("data.partition={name='iid'}", f"{key}='{name}'", "strategy.cohort=2")
+    with pytest.raises(ConfigError, match=f"'{name}': is a file of this machine"):
+        deploy.write_app(tmp_path / "app", config.parse(tables), {})
 
 
 @pytest.mark.parametrize("name", ["my_avg.py", "my_avg:build_all"])

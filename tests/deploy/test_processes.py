@@ -178,7 +178,6 @@ def test_what_cannot_be_deployed_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no deployment|no SuperLink is running"):
         Local(tmp_path).run(experiment(*SMALL), tmp_path / "out")
     e = experiment(*SMALL)
-    for name in ("mine.py", "mine.py:avg"):
-        file = e.model_copy(update={"strategy": e.strategy.model_copy(update={"name": name})})
-        with pytest.raises(ConfigError, match=f"'{name}': is a file of this machine"):
-            deploy.write_app(tmp_path / "app", file, {})
+    file = e.model_copy(update={"strategy": e.strategy.model_copy(update={"name": "mine.py"})})
+    with pytest.raises(ConfigError, match="is a file of this machine"):
+        deploy.write_app(tmp_path / "app", file, {})
