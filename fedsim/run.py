@@ -166,7 +166,10 @@ def _foreign(
     order: Order | None,
 ) -> Session:
     """The session of a Flower strategy. Its clients do local SGD; a "proximal-mu" in its messages is honoured."""
-
+    if experiment.evaluate.local:
+        raise ConfigError(
+            "evaluate.local: must be false for a strategy of Flower's, whose clients only train (got true)"
+        )
     local = proximal(task, strategy.config)
     plain = local({})
     # The global model is evaluated as that of a strategy of ours with this local update would be.
@@ -351,6 +354,7 @@ def _rounds(
         except OSError as e:
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
         show(line)
+    session.driver.conclude(state)
     return state, last
 
 
