@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import tomli_w
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
@@ -27,7 +28,7 @@ from fedsim.node import alone
 from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
-from fedsim.types import Local, Strategy, Task
+from fedsim.types import Local, Strategy, Task, wellformed
 from fedsim.worker import Failure, reason
 from server import foreign
 from server.flower import Messages
@@ -94,8 +95,8 @@ def assemble(
     else:
         name = experiment.strategy.name
         strategy = registry.build("strategies", name, "strategy.name", experiment.strategy, task)
-        if not isinstance(strategy, (Strategy, foreign.Foreign)):
-            raise ConfigError(f"strategy.name: '{name}' must build a Strategy (got {type(strategy).__name__})")
+        if not isinstance(strategy, foreign.Foreign):
+            wellformed(strategy, name)
     key, population = Key.root(experiment.seed), len(federation)
     memory = Memory(limit=experiment.engine.memory_mb << 20)
 
@@ -218,6 +219,21 @@ def deployed(session: Session, deployment: Deployment) -> Session:
     return session._replace(driver=driver.over(executor, choose))
 
 
+def begin(session: Session) -> Any:
+    """The state before round 1. Raises ``ConfigError`` where the strategy fails to make it, or a model of it."""
+    name = session.experiment.strategy.name
+    try:
+        state = session.driver.begin()
+        params = session.driver.params(state)
+    except FedsimError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"strategy.name: '{name}' cannot begin: {reason(e)} ({where(e)})") from e
+    if not isinstance(params, dict) or not all(isinstance(x, Tensor) for x in params.values()):
+        raise ConfigError(f"strategy.name: params of '{name}' must give named tensors (got {type(params).__name__})")
+    return state
+
+
 def device(name: str) -> torch.device:
     """The device of a config's name. Raises ``ConfigError`` where a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -249,7 +265,7 @@ def run(
     session = build(experiment, order, secret)
     if deployment:
         session = deployed(session, deployment)
-    state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)
+    state, done, extra, origin = begin(session), 0, {}, origin_of(session)
     with lock(out), closing(session):
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
         if resume and any((out / "checkpoint").glob("round-*")):
@@ -353,6 +369,8 @@ def _rounds(
                     privacy.write(account, book.folder)
         except OSError as e:
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
+        except TypeError as e:
+            raise FedsimError(f"strategy '{experiment.strategy.name}': its state of round {number}: {e}") from e
         show(line)
     session.driver.conclude(state)
     return state, last

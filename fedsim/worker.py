@@ -37,6 +37,7 @@ class Partial(NamedTuple):
     clients: int
     examples: int
     bytes_up: int
+    channels: frozenset[str] = frozenset()
 
 
 def together(a: Partial, b: Partial) -> Partial:
@@ -48,6 +49,7 @@ def together(a: Partial, b: Partial) -> Partial:
         a.clients + b.clients,
         a.examples + b.examples,
         a.bytes_up + b.bytes_up,
+        a.channels | b.channels,
     )
 
 
@@ -87,6 +89,7 @@ def run(
     memory: dict[int, Payload] = {}
     failures: list[Failure] = []
     clients = examples = bytes_up = 0
+    channels: set[str] = set()
 
     def lifted() -> Iterator[Any]:
         nonlocal clients, examples, bytes_up
@@ -103,10 +106,12 @@ def run(
             if result[0].memory:
                 memory[guest.client] = result[0].memory
             clients, examples, bytes_up = clients + 1, examples + report.examples, bytes_up + tree.nbytes(report.value)
+            channels.update(report.value)
             yield value
 
     nodes = leaves(lifted(), start, len(guests), reduce.merge, cohort)
-    return Partial(tree.moved(nodes, tree.HOST), memory, tuple(failures), clients, examples, bytes_up)
+    host = tree.moved(nodes, tree.HOST)
+    return Partial(host, memory, tuple(failures), clients, examples, bytes_up, frozenset(channels))
 
 
 def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Callable[[Reports], Any]) -> Partial:
@@ -117,7 +122,8 @@ def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Cal
     memory = {}
     if done.memory:
         memory = {g.client: mine.memory for g, (mine, _) in zip(guests, of.split(), strict=True)}
-    return Partial([node._replace(value=value)], memory, (), len(clients), sum(of.examples), tree.nbytes(done.value))
+    size, channels = tree.nbytes(done.value), frozenset(done.value)
+    return Partial([node._replace(value=value)], memory, (), len(clients), sum(of.examples), size, channels)
 
 
 def _stacked(

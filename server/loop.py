@@ -184,6 +184,11 @@ def run_round(
     for i, phase in enumerate(strategy.phases):
         work = asked(round, i, phase.local, phase.broadcast(state), key)
         outcome = executor.map(work, cohort, phase.reduce)
+        if outcome.clients and outcome.channels != strategy.sends[i]:
+            sent, said = sorted(outcome.channels), sorted(strategy.sends[i])
+            raise FedsimError(
+                f"the strategy's sends: must be what clients send in exchange {i + 1}, {sent} (got {said})"
+            )
         result: Any = phase.reduce.finish(outcome.folded)
         if result is not None:
             state, learned = phase.finish(state, result), True

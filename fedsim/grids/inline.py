@@ -26,7 +26,8 @@ Order = Callable[[list[int]], Iterable[int]]
 
 
 class Outcome(NamedTuple):
-    """The folded reports of a phase, and what it took. Bytes are those of the tensors that travelled."""
+    """The folded reports of a phase, and what it took. Bytes are those of the tensors that travelled, channels all
+    those that any client sent."""
 
     folded: Any
     clients: int
@@ -34,6 +35,7 @@ class Outcome(NamedTuple):
     bytes_down: int
     bytes_up: int
     failures: tuple[Failure, ...]
+    channels: frozenset[str]
 
 
 class Executor(Protocol):
@@ -54,7 +56,8 @@ def canonical(cohort: Sequence[int], federation: Federation, split: str = "train
 
 
 class Way(NamedTuple):
-    """How the clients of a phase run: in blocks of ``size``, stacked or one by one, by recorded steps or not."""
+    """How the clients of a phase run: in blocks of ``size``, stacked or one by one, by recorded steps or not; and
+    whether work that raises is done once more."""
 
     size: int
     stacked: bool
@@ -149,6 +152,7 @@ class BlockGrid(MessageGrid):
             n * tree.nbytes(work.shared),
             sum(part.bytes_up for part in done),
             tuple(sorted(failure for part in done for failure in part.failures)),
+            frozenset().union(*(part.channels for part in done)),
         )
 
 
