@@ -286,6 +286,8 @@ def run(
         if deployment:
             files.write(out / NAME, deployment.name.encode())
         began = (out / record.METRICS).exists()
+        if done and not began:
+            raise ResumeError(f"{out / record.METRICS}: missing, though the checkpoint is that of round {done}")
         dumped = config.dump(experiment)
         opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
         if began:
@@ -414,14 +416,15 @@ def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str,
     return line
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Refuse a folder that a run must not write into, without touching it."""
+def check_folder(out: Path, resume: bool | None = None) -> None:
+    """Refuse a folder that must not be written into, without touching it; ``resume`` is None for what is no run."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is a file")
     # Names with a dot are ours: the lock, and what a run that was killed in its first moment has left.
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not resume:
-            raise ConfigError(f"--out: {out} is not empty; --resume continues the run in it")
+            hint = "" if resume is None else "; --resume continues the run in it"
+            raise ConfigError(f"--out: {out} is not empty{hint}")
         if not (out / record.CONFIG).exists():
             raise ConfigError(f"--out: {out} holds files, but no run to resume")
     parent = next(p for p in (out, *out.parents, *out.absolute().parents) if p.exists())
