@@ -91,6 +91,8 @@ class EngineConfig(Closed):
             raise ValueError(f"block: must be a power of two (got {self.block})")
         if self.record and self.device == "cpu":
             raise ValueError("record: is for a GPU: set device")
+        if self.workers != "auto" and self.kind != "ray":
+            raise ValueError(f"workers: belongs to kind 'ray': set engine.kind, or --engine ray (got {self.workers})")
         return self
 
 

@@ -88,6 +88,7 @@ SETTINGS = {
     "data.partition.clients=-3": r"data\.partition\.clients: must be at least 1 \(got -3\)",
     "engine.block=3": r"engine\.block: must be a power of two \(got 3\)",
     "engine.record=true": r"engine\.record: is for a GPU: set device",
+    "engine.workers=4": r"engine\.workers: belongs to kind 'ray': set engine\.kind, or --engine ray \(got 4\)",
     "engine.block=0": r"engine\.block: must be at least 1 \(got 0\)",
     "engine.on_error=ignore": r"engine\.on_error: must be 'raise'.* \(got 'ignore'\)",
     "engine.device=tpu": r"engine\.device: must be 'cpu', 'cuda' or 'auto' \(got 'tpu'\)",

@@ -471,7 +471,7 @@ class RayGrid(BlockGrid):
         found = place(machines(gpus), asked, each, *of_gpu)
         self._cluster.start(found.workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
         tables = config.dump(experiment)
-        tables["engine"] |= {"kind": "inline"}
+        tables["engine"] |= {"kind": "inline", "workers": "auto"}
         world = ray.put(export(federation))
         # Where machines were counted, none gets more than it has room for.
         room = {"memory": each} if asked is None and not self._cluster.ours else {}
