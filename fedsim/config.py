@@ -82,7 +82,11 @@ class EngineConfig(Closed):
         description="on a GPU: a block's step is recorded once and played again (CUDA graphs); not yet tried on one",
     )
     paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
-    on_error: Literal["raise", "drop"] = Field("raise", description="what a failing client does to the run")
+    on_error: Literal["raise", "drop", "retry"] = Field(
+        "raise",
+        description="what a failing client does to the run: raise ends it, drop goes on without it; retry: its work is "
+        "done once more, alone, before it raises; the draws are the same, so this helps against chance alone (memory)",
+    )
     memory_mb: int = Field(1024, ge=1, description="of clients' memories in this process; the others go to files")
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import attack, checkpoint, config, data, files, privacy, process, record, registry, tree
+from fedsim import attack, checkpoint, config, data, files, privacy, process, record, registry, tree, worker
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -178,7 +179,9 @@ def _foreign(
     scorer = evaluation(task, shape, experiment.evaluate.batch_size)
     panel = Panel(scorer, experiment.evaluate.clients) if experiment.data.holdout else None
     key = Key.root(experiment.seed)
-    app = client_app(federation, lambda phase: scorer, key, local, scorer if experiment.data.holdout else None)
+    held_out = scorer if experiment.data.holdout else None
+    one = partial(worker.alone, batched=False, retry=experiment.engine.on_error == "retry")
+    app = client_app(federation, lambda phase: scorer, key, local, held_out, one)
     grid = place(experiment, federation, memory, app, order, None)
     driver = foreign.Driver(strategy, task, grid, experiment.engine, key, len(federation), plain, grid, panel)
     site = Site(federation, lambda phase: (scorer, collect()), app)

@@ -62,6 +62,7 @@ def run(
     reduce: Reducer[Any, Any],
     batched: bool,
     recorder: Recorder | None = None,
+    retry: bool = False,
 ) -> Partial:
     """Run the clients at positions ``start …`` of a cohort, and fold their reports.
 
@@ -78,9 +79,11 @@ def run(
             f"blocks of {len(guests)} clients do not fit the GPU's memory: engine.block = {half} spares the attempt"
         )
         parts = ((guests[:half], start), (guests[half:], start + half))
-        return together(*(run(work, federation, mine, at, cohort, reduce, batched, recorder) for mine, at in parts))
+        return together(
+            *(run(work, federation, mine, at, cohort, reduce, batched, recorder, retry) for mine, at in parts)
+        )
     if block_of is None:
-        results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests)
+        results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests, retry)
     else:
         top = level(start, len(guests), cohort)
         if top is not None and reduce.stack is not None and reduce.screen is None and wrong(block_of.done) is None:
@@ -143,21 +146,34 @@ def _stacked(
         return None
 
 
-def _one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> Iterator[tuple[Done, int] | Failure]:
+def _one_by_one(
+    work: Work, federation: Federation, guests: Sequence[Guest], retry: bool
+) -> Iterator[tuple[Done, int] | Failure]:
     for guest in guests:
         try:
-            yield block.one(work, federation, guest)
+            yield _one(work, federation, guest, retry)
         except Exception as e:
             log.debug("client %d", guest.client, exc_info=True)
             yield Failure(guest.client, reason(e) if isinstance(e, Unusable) else f"{reason(e)} ({where(e)})")
 
 
-def alone(work: Work, federation: Federation, guest: Guest, batched: bool) -> tuple[Done, int]:
+def _one(work: Work, federation: Federation, guest: Guest, retry: bool) -> tuple[Done, int]:
+    """One client's work. Where it raises and may be done once more, this is it: its draws are named, not used up."""
+    try:
+        return block.one(work, federation, guest)
+    except Exception as e:
+        if not retry:
+            raise
+        log.warning("client %d failed in round %d, and tries again: %s", guest.client, work.round, reason(e))
+    return block.one(work, federation, guest)
+
+
+def alone(work: Work, federation: Federation, guest: Guest, batched: bool, retry: bool = False) -> tuple[Done, int]:
     """One client's work and its number of examples, with the numbers that ``run`` gives for a block of one."""
     work = _there(work, federation)
     if batched and work.local.unbatchable is None and (of := _stacked(work, federation, [guest])) is not None:
         return tree.moved(of.split()[0], tree.HOST)
-    return tree.moved(block.one(work, federation, guest), tree.HOST)
+    return tree.moved(_one(work, federation, guest, retry), tree.HOST)
 
 
 def _there(work: Work, federation: Federation) -> Work:

@@ -199,7 +199,9 @@ class Actor:
         total = Partial([], {}, (), 0, 0, 0)
         for start, clients in blocks:
             mine = [Guest(c, unpack(memory[c]) if c in memory else None) for c in clients]
-            part = worker.run(work, self._site.federation, mine, start, cohort, reduce, how.stacked, how.recorder)
+            part = worker.run(
+                work, self._site.federation, mine, start, cohort, reduce, how.stacked, how.recorder, how.retry
+            )
             for node in part.nodes:
                 fold.add(node)
             total = worker.together(total, part._replace(nodes=[]))
