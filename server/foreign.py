@@ -34,7 +34,9 @@ from server.loop import ClientScore, Panel, Trained, score_clients
 
 log = logging.getLogger("fedsim")
 
-COHORT = ("fraction_train", "min_train_nodes")  # the arguments of Flower's strategies by which a cohort is set
+# Arguments of Flower's strategies: those by which a cohort is set, and the numbers of nodes that they wait for.
+COHORT = ("fraction_train", "min_train_nodes")
+WAITED = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 
 
 class Foreign(NamedTuple):
@@ -81,7 +83,7 @@ def _make(
             "let its __init__ take **kwargs, and give them to its base class"
         )
     for name, value in vars(made).items():  # Flower would wait for more nodes, and these are all that there will be
-        if name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes") and value > population:
+        if name in WAITED and isinstance(value, int) and value > population:
             raise ConfigError(f"{path}.{name}: must be at most {population}, the number of clients (got {value!r})")
     return made
 

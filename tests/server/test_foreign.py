@@ -151,6 +151,12 @@ def test_arguments_that_contradict_the_cohort_or_wait_without_end(args: str) -> 
         build(setup)
 
 
+def test_an_argument_of_another_type_is_flowers_to_judge(tmp_path: Path) -> None:
+    settings = "strategy={name='flwr.serverapp.strategy:FedAvg',cohort=4,args={min_available_nodes='x'}}"
+    with pytest.raises(FedsimError, match=r"^strategy '.*' failed in round 1 on the server: TypeError: "):
+        run(runs.experiment(settings), tmp_path / "out")
+
+
 def test_what_a_strategy_of_flowers_cannot_do_is_refused() -> None:
     name = "strategy.name='flwr.serverapp.strategy:FedAvg'"
     with pytest.raises(ConfigError, match=r"^strategy\.weighting: must be 'examples', .*\(got 'uniform'\)$"):
