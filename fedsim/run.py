@@ -199,7 +199,7 @@ def deployed(session: Session, deployment: Deployment) -> Session:
         raise ConfigError("attack: belongs to simulations; at a deployment's nodes there is nothing to look into")
     cohort, population = experiment.strategy.cohort, len(session.federation)
     sigma = {"sigma": private.sigma} if private and private.config.mode == "example" else {}
-    least = cohort if isinstance(driver, foreign.Driver) else 1  # Flower's strategies would wait without end
+    least = driver.least if isinstance(driver, foreign.Driver) else 1
     nodes = deployment.connect(population, least, sigma)
     if sigma:
         nodes.expected = lambda client: session.federation.size(client, "train")

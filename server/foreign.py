@@ -88,6 +88,12 @@ def _make(
     return made
 
 
+def waited(strategy: FlowerStrategy) -> int:
+    """The most nodes that a strategy, or one inside it, waits for."""
+    inner = [waited(value) for value in vars(strategy).values() if isinstance(value, FlowerStrategy)]
+    return max([0, *inner, *(n for name in WAITED if isinstance(n := getattr(strategy, name, 0), int))])
+
+
 def arguments(cls: type) -> list[str]:
     """What a class's constructor takes by name: where it takes ``**kwargs``, also what those of its bases take."""
     names: dict[str, None] = {}
@@ -148,6 +154,11 @@ class Driver:
         other = copy.copy(self)
         other._grid, other._executor = grid, executor
         return other
+
+    @property
+    def least(self) -> int:
+        """Nodes below which the strategy would wait without end."""
+        return max(self._foreign.cohort, waited(self._strategy))
 
     def begin(self) -> State:
         return State(self._task.init(self._key.at("init").torch()), remember(self._strategy))
