@@ -350,13 +350,15 @@ def save(folder: Path, loot: Sequence[Loot], round: int, settings: Mapping[str, 
 
 
 def run(experiment: Experiment, out: Path) -> dict[str, float]:
-    """``fedsim attack``: attack what clients send in round 1, and write it to a folder."""
+    """``fedsim attack``: attack what clients send in round 1, and write it to a folder, which must be new or empty."""
+    from fedsim.run import begin, check_folder
     from fedsim.run import build as build_session
 
+    check_folder(out)
     session = build_session(experiment)
     sigma = session.private.sigma if session.private else None
     attacker = build(experiment, session.federation, session.task, sigma)
-    loot = attacker(session.driver.begin(), session.memory, 1)
+    loot = attacker(begin(session), session.memory, 1)
     out.mkdir(parents=True, exist_ok=True)
     return save(out, loot, 1, attacker.config.model_dump(exclude_none=True))
 

@@ -65,7 +65,7 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
             return {"tuple": [encode(v, tensors) for v in value]}
         case list():
             return {"list": [encode(v, tensors) for v in value]}
-        case Mapping():
+        case dict() if type(value) is dict:  # a Counter or a defaultdict would come back as something else
             return {"dict": [[encode(k, tensors), encode(v, tensors)] for k, v in value.items()]}
     raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__} cannot be put in a checkpoint")
 

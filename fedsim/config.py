@@ -84,7 +84,11 @@ class EngineConfig(Closed):
         description="on a GPU: a block's step is recorded once and played again (CUDA graphs); not yet tried on one",
     )
     paths: Literal["fast", "messages"] = Field("fast", description="messages: real Flower messages for every client")
-    on_error: Literal["raise", "drop"] = Field("raise", description="what a failing client does to the run")
+    on_error: Literal["raise", "drop", "retry"] = Field(
+        "raise",
+        description="what a failing client does to the run: raise ends it, drop goes on without it; retry: its work is "
+        "done once more, alone, before it raises; the draws are the same, so this helps against chance alone (memory)",
+    )
     memory_mb: int = Field(1024, ge=1, description="of clients' memories in this process; the others go to files")
 
     @model_validator(mode="after")
@@ -93,6 +97,8 @@ class EngineConfig(Closed):
             raise ValueError(f"block: must be a power of two (got {self.block})")
         if self.record and self.device == "cpu":
             raise ValueError("record: is for a GPU: set device")
+        if self.workers != "auto" and self.kind != "ray":
+            raise ValueError(f"workers: belongs to kind 'ray': set engine.kind, or --engine ray (got {self.workers})")
         return self
 
 

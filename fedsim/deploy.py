@@ -400,7 +400,7 @@ def submit(app: Path, home: Path, out: Path, echo: IO[str] | None = None) -> dic
         try:
             for line in process.stdout:
                 lines.append(line.rstrip())
-                if echo and line.startswith(("round ", "run: ", "completed: ", "error: ", "stopped: ")):
+                if echo and line.startswith(("round ", "run: ", "completed: ", "stopped: ")):  # an error is raised
                     echo.write(line)
                     echo.flush()
         except BaseException:

@@ -19,6 +19,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,7 @@ def app(message: Message, context: Context) -> ClientApp:
         limit.spend(":".join(visit), budget.cost(strategy, phase, sigma, mine, client_of(context.node_config)))
 
     if not hasattr(strategy, "phases"):  # a strategy of Flower's: its clients do local SGD
+        from fedsim import worker
         from fedsim.types import Phase, Strategy
 
         work = proximal(task, strategy.config)
@@ -263,7 +265,8 @@ def app(message: Message, context: Context) -> ClientApp:
         shape: Strategy[Any] = Strategy(nothing, (Phase(nothing, work({}), nothing, nothing),), lambda s: {}, ())
         scorer = evaluation(task, shape, experiment.evaluate.batch_size)
         held_out = scorer if experiment.data.holdout else None
-        return client_app(mine, lambda phase: scorer, key, work, held_out, memories=memories)
+        one = partial(worker.alone, batched=False, retry=experiment.engine.on_error == "retry")
+        return client_app(mine, lambda phase: scorer, key, work, held_out, one, memories)
 
     if experiment.evaluate.local:
         strategy = after_training(task, strategy)
@@ -283,7 +286,7 @@ def alone(experiment: Experiment) -> Callable[[Work, Federation, Guest], tuple[D
 
     def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:
         how = way(experiment.engine, federation.dataset.train, work.local)
-        return worker.alone(work, federation, guest, how.stacked)
+        return worker.alone(work, federation, guest, how.stacked, how.retry)
 
     return one
 

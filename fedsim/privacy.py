@@ -31,7 +31,7 @@ from fedsim.config import Experiment, PrivacyConfig
 from fedsim.data.dataset import Federation
 from fedsim.errors import BudgetSpent, ConfigError, ResumeError
 from fedsim.rng import Key
-from fedsim.types import Strategy, Task
+from fedsim.types import Strategy, Task, wellformed
 from server import ledger, sampling, wrap
 from server.ledger import EMPTY, Entry, History, Ledger
 from server.wrap import Mechanism
@@ -254,6 +254,7 @@ def protect(
                 "strategy.name: a strategy of Flower's brings a sampler and an average of its own, which [privacy] "
                 "cannot account for; take one of ours"
             )
+        wellformed(strategy, experiment.strategy.name)
         return strategy
 
     if config.mode == "client":

@@ -14,10 +14,25 @@ from typing import Any, NamedTuple
 import tomli_w
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from clients.app import client_app, proximal
 from clients.evaluate import after_training, evaluation
-from fedsim import attack, checkpoint, config, data, files, offline, privacy, process, record, registry, sources, tree
+from fedsim import (
+    attack,
+    checkpoint,
+    config,
+    data,
+    files,
+    offline,
+    privacy,
+    process,
+    record,
+    registry,
+    sources,
+    tree,
+    worker,
+)
 from fedsim.block import Work
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
@@ -28,7 +43,7 @@ from fedsim.node import alone
 from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
-from fedsim.types import Local, Strategy, Task
+from fedsim.types import Local, Strategy, Task, wellformed
 from fedsim.worker import Failure, reason, say_once
 from server import foreign
 from server.flower import Messages
@@ -96,8 +111,8 @@ def assemble(
     else:
         name = experiment.strategy.name
         strategy = registry.build("strategies", name, "strategy.name", experiment.strategy, task)
-        if not isinstance(strategy, (Strategy, foreign.Foreign)):
-            raise ConfigError(f"strategy.name: '{name}' must build a Strategy (got {type(strategy).__name__})")
+        if not isinstance(strategy, foreign.Foreign):
+            wellformed(strategy, name)
     key, population = Key.root(experiment.seed), len(federation)
     memory = Memory(limit=experiment.engine.memory_mb << 20)
 
@@ -170,7 +185,10 @@ def _foreign(
     order: Order | None,
 ) -> Session:
     """The session of a Flower strategy. Its clients do local SGD; a "proximal-mu" in its messages is honoured."""
-
+    if experiment.evaluate.local:
+        raise ConfigError(
+            "evaluate.local: must be false for a strategy of Flower's, whose clients only train (got true)"
+        )
     local = proximal(task, strategy.config)
     plain = local({})
     # The global model is evaluated as that of a strategy of ours with this local update would be.
@@ -178,7 +196,9 @@ def _foreign(
     scorer = evaluation(task, shape, experiment.evaluate.batch_size)
     panel = Panel(scorer, experiment.evaluate.clients) if experiment.data.holdout else None
     key = Key.root(experiment.seed)
-    app = client_app(federation, lambda phase: scorer, key, local, scorer if experiment.data.holdout else None)
+    held_out = scorer if experiment.data.holdout else None
+    one = partial(worker.alone, batched=False, retry=experiment.engine.on_error == "retry")
+    app = client_app(federation, lambda phase: scorer, key, local, held_out, one)
     grid = place(experiment, federation, memory, app, order, None)
     driver = foreign.Driver(strategy, task, grid, experiment.engine, key, len(federation), plain, grid, panel)
     site = Site(federation, lambda phase: (scorer, collect()), app)
@@ -196,7 +216,7 @@ def deployed(session: Session, deployment: Deployment) -> Session:
         raise ConfigError("attack: belongs to simulations; at a deployment's nodes there is nothing to look into")
     cohort, population = experiment.strategy.cohort, len(session.federation)
     sigma = {"sigma": private.sigma} if private and private.config.mode == "example" else {}
-    least = cohort if isinstance(driver, foreign.Driver) else 1  # Flower's strategies would wait without end
+    least = driver.least if isinstance(driver, foreign.Driver) else 1
     nodes = deployment.connect(population, least, sigma)
     if sigma:
         nodes.expected = lambda client: session.federation.size(client, "train")
@@ -217,6 +237,21 @@ def deployed(session: Session, deployment: Deployment) -> Session:
 
     assert isinstance(driver, Native)
     return session._replace(driver=driver.over(executor, choose))
+
+
+def begin(session: Session) -> Any:
+    """The state before round 1. Raises ``ConfigError`` where the strategy fails to make it, or a model of it."""
+    name = session.experiment.strategy.name
+    try:
+        state = session.driver.begin()
+        params = session.driver.params(state)
+    except FedsimError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"strategy.name: '{name}' cannot begin: {reason(e)} ({where(e)})") from e
+    if not isinstance(params, dict) or not all(isinstance(x, Tensor) for x in params.values()):
+        raise ConfigError(f"strategy.name: params of '{name}' must give named tensors (got {type(params).__name__})")
+    return state
 
 
 def device(name: str) -> torch.device:
@@ -255,7 +290,7 @@ def run(
         log.warning("data.holdout: is 0, so no accuracy is measured: '%s' has no global model to test", name)
     if deployment:
         session = deployed(session, deployment)
-    state, done, extra, origin = session.driver.begin(), 0, {}, origin_of(session)
+    state, done, extra, origin = begin(session), 0, {}, origin_of(session)
     with lock(out), closing(session):
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
         if resume and any((out / "checkpoint").glob("round-*")):
@@ -277,6 +312,8 @@ def run(
         if deployment:
             files.write(out / NAME, deployment.name.encode())
         began = (out / record.METRICS).exists()
+        if done and not began:
+            raise ResumeError(f"{out / record.METRICS}: missing, though the checkpoint is that of round {done}")
         dumped = config.dump(experiment)
         opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
         if began:
@@ -361,7 +398,10 @@ def _rounds(
                     privacy.write(account, book.folder)
         except OSError as e:
             raise FedsimError(f"round {number} cannot be written to {book.folder}: {e.strerror or e}") from e
+        except TypeError as e:
+            raise FedsimError(f"strategy '{experiment.strategy.name}': its state of round {number}: {e}") from e
         show(line)
+    session.driver.conclude(state)
     return state, last
 
 
@@ -403,14 +443,15 @@ def measure(session: Session, finished: Round[Any], evaluate: bool) -> dict[str,
     return line
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Refuse a folder that a run must not write into, without touching it."""
+def check_folder(out: Path, resume: bool | None = None) -> None:
+    """Refuse a folder that must not be written into, without touching it; ``resume`` is None for what is no run."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is a file")
     # Names with a dot are ours: the lock, and what a run that was killed in its first moment has left.
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not resume:
-            raise ConfigError(f"--out: {out} is not empty; --resume continues the run in it")
+            hint = "" if resume is None else "; --resume continues the run in it"
+            raise ConfigError(f"--out: {out} is not empty{hint}")
         if not (out / record.CONFIG).exists():
             raise ConfigError(f"--out: {out} holds files, but no run to resume")
     parent = next(p for p in (out, *out.parents, *out.absolute().parents) if p.exists())

@@ -151,6 +151,8 @@ def run(app: App, seed: int = 0) -> Ran:
         torch.manual_seed(seed)
         try:
             server(grid, context)
+        except FedsimError:
+            raise
         except Exception as e:
             raise FedsimError(f"the app's ServerApp failed: {reason(e)} ({where(e)})") from e
     return Ran(seen.metrics, grid.messages, grid.failures, time.perf_counter() - began, seen.seconds, grid.seconds)

@@ -8,11 +8,13 @@ its tensors allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from fedsim.errors import ConfigError
 
 Tree = dict[str, Tensor]
 """Named tensors: parameters, a gradient, a control variate."""
@@ -223,3 +225,36 @@ class Strategy(NamedTuple, Generic[S]):
     is_global: bool = True
     gauges: Callable[[S], dict[str, float]] | None = None
     export: Callable[[S], dict[str, bytes]] | None = None
+
+
+def wellformed(made: Any, name: str) -> None:
+    """Refuse what is no whole strategy. Raises ``ConfigError``: what the plugin ``name`` should have built."""
+    if not isinstance(made, Strategy):
+        raise ConfigError(f"strategy.name: '{name}' must build a Strategy (got {type(made).__name__})")
+    for part, right, be, value in _parts(made):
+        if not right:
+            got = repr(value) if len(repr(value)) < 60 else type(value).__name__
+            raise ConfigError(f"strategy.name: {part} of '{name}' must be {be} (got {got})")
+
+
+def _parts(s: Strategy[Any]) -> Iterator[tuple[str, bool, str, Any]]:
+    """Each part of a strategy by name: whether it is what it must be, what that is, and what it is."""
+    yield "init", callable(s.init), "a function", s.init
+    yield "params", callable(s.params), "a function", s.params
+    for name in ("personal", "gauges", "export"):
+        own = getattr(s, name)
+        yield name, own is None or callable(own), "a function or None", own
+    yield "phases", _all(s.phases, Phase) and len(s.phases) > 0, "a tuple of at least one Phase", s.phases
+    for i, phase in enumerate(s.phases):
+        here = f"phases[{i}]"
+        yield f"{here}.broadcast", callable(phase.broadcast), "a function", phase.broadcast
+        yield f"{here}.finish", callable(phase.finish), "a function", phase.finish
+        yield f"{here}.reduce", isinstance(phase.reduce, Reducer), "a Reducer", phase.reduce
+        yield f"{here}.local", isinstance(phase.local, Local), "a Local", phase.local
+        yield f"{here}.local.passes", _all(phase.local.passes, Pass), "a tuple of Pass", phase.local.passes
+    names = _all(s.sends, Set) and all(isinstance(channel, str) for part in s.sends for channel in part)
+    yield "sends", names and len(s.sends) == len(s.phases), "a tuple of a frozenset of channels each phase", s.sends
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, tuple) and all(isinstance(x, kind) for x in value)

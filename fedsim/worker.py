@@ -38,6 +38,7 @@ class Partial(NamedTuple):
     clients: int
     examples: int
     bytes_up: int
+    channels: frozenset[str] = frozenset()
 
 
 def together(a: Partial, b: Partial) -> Partial:
@@ -49,6 +50,7 @@ def together(a: Partial, b: Partial) -> Partial:
         a.clients + b.clients,
         a.examples + b.examples,
         a.bytes_up + b.bytes_up,
+        a.channels | b.channels,
     )
 
 
@@ -61,6 +63,7 @@ def run(
     reduce: Reducer[Any, Any],
     batched: bool,
     recorder: Recorder | None = None,
+    retry: bool = False,
 ) -> Partial:
     """Run the clients at positions ``start …`` of a cohort, and fold their reports.
 
@@ -81,9 +84,11 @@ def run(
             f"blocks of {len(guests)} clients do not fit the GPU's memory: engine.block = {half} spares the attempt"
         )
         parts = ((guests[:half], start), (guests[half:], start + half))
-        return together(*(run(work, federation, mine, at, cohort, reduce, batched, recorder) for mine, at in parts))
+        return together(
+            *(run(work, federation, mine, at, cohort, reduce, batched, recorder, retry) for mine, at in parts)
+        )
     if block_of is None:
-        results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests)
+        results: Iterator[tuple[Done, int] | Failure] = _one_by_one(work, federation, guests, retry)
     else:
         top = level(start, len(guests), cohort)
         if top is not None and reduce.stack is not None and reduce.screen is None and wrong(block_of.done) is None:
@@ -93,6 +98,7 @@ def run(
     memory: dict[int, Payload] = {}
     failures: list[Failure] = []
     clients = examples = bytes_up = 0
+    channels: set[str] = set()
 
     def lifted() -> Iterator[Any]:
         nonlocal clients, examples, bytes_up
@@ -109,11 +115,13 @@ def run(
             if result[0].memory:
                 memory[guest.client] = result[0].memory
             clients, examples, bytes_up = clients + 1, examples + report.examples, bytes_up + tree.nbytes(report.value)
+            channels.update(report.value)
             yield value
 
     nodes = leaves(lifted(), start, len(guests), reduce.merge, cohort)
     _unchanged(broadcast)
-    return Partial(tree.moved(nodes, tree.HOST), memory, tuple(failures), clients, examples, bytes_up)
+    host = tree.moved(nodes, tree.HOST)
+    return Partial(host, memory, tuple(failures), clients, examples, bytes_up, frozenset(channels))
 
 
 def _unchanged(broadcast: Iterable[tuple[str, Tensor, int]]) -> None:
@@ -131,7 +139,8 @@ def _whole(of: block.Stack, guests: Sequence[Guest], node: Node[Any], stack: Cal
     memory = {}
     if done.memory:
         memory = {g.client: mine.memory for g, (mine, _) in zip(guests, of.split(), strict=True)}
-    return Partial([node._replace(value=value)], memory, (), len(clients), sum(of.examples), tree.nbytes(done.value))
+    size, channels = tree.nbytes(done.value), frozenset(done.value)
+    return Partial([node._replace(value=value)], memory, (), len(clients), sum(of.examples), size, channels)
 
 
 def _stacked(
@@ -151,21 +160,34 @@ def _stacked(
         return None
 
 
-def _one_by_one(work: Work, federation: Federation, guests: Sequence[Guest]) -> Iterator[tuple[Done, int] | Failure]:
+def _one_by_one(
+    work: Work, federation: Federation, guests: Sequence[Guest], retry: bool
+) -> Iterator[tuple[Done, int] | Failure]:
     for guest in guests:
         try:
-            yield block.one(work, federation, guest)
+            yield _one(work, federation, guest, retry)
         except Exception as e:
             log.debug("client %d", guest.client, exc_info=True)
             yield Failure(guest.client, reason(e) if isinstance(e, Unusable) else f"{reason(e)} ({where(e)})")
 
 
-def alone(work: Work, federation: Federation, guest: Guest, batched: bool) -> tuple[Done, int]:
+def _one(work: Work, federation: Federation, guest: Guest, retry: bool) -> tuple[Done, int]:
+    """One client's work. Where it raises and may be done once more, this is it: its draws are named, not used up."""
+    try:
+        return block.one(work, federation, guest)
+    except Exception as e:
+        if not retry:
+            raise
+        log.warning("client %d failed in round %d, and tries again: %s", guest.client, work.round, reason(e))
+    return block.one(work, federation, guest)
+
+
+def alone(work: Work, federation: Federation, guest: Guest, batched: bool, retry: bool = False) -> tuple[Done, int]:
     """One client's work and its number of examples, with the numbers that ``run`` gives for a block of one."""
     work = _there(work, federation)
     if batched and work.local.unbatchable is None and (of := _stacked(work, federation, [guest])) is not None:
         return tree.moved(of.split()[0], tree.HOST)
-    return tree.moved(block.one(work, federation, guest), tree.HOST)
+    return tree.moved(_one(work, federation, guest, retry), tree.HOST)
 
 
 def _there(work: Work, federation: Federation) -> Work:

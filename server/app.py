@@ -44,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
             kept = max(0, ((round - 1) // every - keep + 1) * every)
             return {"run": name, "kept": kept, **extra}
 
-        everybody = experiment.engine.on_error == "raise"
+        everybody = experiment.engine.on_error != "drop"
         terms = Terms(everybody, least, float(settings.get("timeout", 600)), float(settings.get("wait", 60)), header)
         return Nodes(grid, population, terms)
 

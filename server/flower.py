@@ -86,6 +86,7 @@ class Messages:
             len(clients) * tree.nbytes(work.shared),
             sum(tree.nbytes(r.value) for r in done),
             tuple(sorted(failures.values())),
+            frozenset().union(*(r.value for r in done)),
         )
 
     def _template(self, work: Work, client: int | None) -> Payload:

@@ -8,6 +8,7 @@ import copy
 import gc
 import importlib
 import inspect
+import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ from fedsim.worker import Failure, reason
 from server.flower import conform
 from server.loop import ClientScore, Panel, Trained, score_clients
 
+log = logging.getLogger("fedsim")
+
+# Arguments of Flower's strategies: those by which a cohort is set, and the numbers of nodes that they wait for.
+COHORT = ("fraction_train", "min_train_nodes")
+WAITED = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+
 
 class Foreign(NamedTuple):
     """A Flower strategy that has not been made yet. ``config`` is the clients' part, which the server does not read."""
@@ -48,8 +55,10 @@ class Foreign(NamedTuple):
 def _make(
     cls: type[FlowerStrategy], args: Mapping[str, Any], cohort: int, population: int, path: str
 ) -> FlowerStrategy:
-    known = list(inspect.signature(cls).parameters)
-    for name in args:
+    known = arguments(cls)
+    for name, value in args.items():
+        if name in COHORT:
+            raise ConfigError(f"{path}.{name}: is set by strategy.cohort (got {value!r})")
         if name not in known:
             raise ConfigError(f"{path}.{name}: unknown argument of {cls.__name__}{did_you_mean(name, known)}")
     sampling = {
@@ -64,9 +73,38 @@ def _make(
         nested = isinstance(value, Mapping) and isinstance(value.get("name"), str) and ":" in value["name"]
         given[name] = _nested(value, cohort, population, f"{path}.{name}") if nested else value
     try:
-        return cls(**given)
+        made = cls(**given)
     except Exception as e:
         raise ConfigError(f"{path}: {cls.__name__} refused its arguments: {reason(e)}") from e
+    missing = [name for name in COHORT if name not in known]
+    if missing and not any(isinstance(value, FlowerStrategy) for value in vars(made).values()):
+        raise ConfigError(
+            f"strategy.cohort: cannot be told to {cls.__name__}, which takes no {' and no '.join(missing)}; "
+            "let its __init__ take **kwargs, and give them to its base class"
+        )
+    for name, value in vars(made).items():  # Flower would wait for more nodes, and these are all that there will be
+        if name in WAITED and isinstance(value, int) and value > population:
+            raise ConfigError(f"{path}.{name}: must be at most {population}, the number of clients (got {value!r})")
+    return made
+
+
+def waited(strategy: FlowerStrategy) -> int:
+    """The most nodes that a strategy, or one inside it, waits for."""
+    inner = [waited(value) for value in vars(strategy).values() if isinstance(value, FlowerStrategy)]
+    return max([0, *inner, *(n for name in WAITED if isinstance(n := getattr(strategy, name, 0), int))])
+
+
+def arguments(cls: type) -> list[str]:
+    """What a class's constructor takes by name: where it takes ``**kwargs``, also what those of its bases take."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        _, *parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        names |= {p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
 
 
 def _nested(table: Mapping[str, Any], cohort: int, population: int, path: str) -> FlowerStrategy:
@@ -80,10 +118,12 @@ def _nested(table: Mapping[str, Any], cohort: int, population: int, path: str) -
 
 
 class State(NamedTuple):
-    """The model, and what the strategy's object remembers: its attributes that are data."""
+    """The model, what the strategy's object remembers (its attributes that are data), and how many rounds gave a
+    model."""
 
     w: Tree
     attributes: dict[str, Any]
+    aggregated: int = 0
 
 
 class Driver:
@@ -115,6 +155,11 @@ class Driver:
         other._grid, other._executor = grid, executor
         return other
 
+    @property
+    def least(self) -> int:
+        """Nodes below which the strategy would wait without end."""
+        return max(self._foreign.cohort, waited(self._strategy))
+
     def begin(self) -> State:
         return State(self._task.init(self._key.at("init").torch()), remember(self._strategy))
 
@@ -125,7 +170,7 @@ class Driver:
         with self._lent("train", round):
             out = list(self._strategy.configure_train(round, to_record(state.w), config, self._grid))
         replies, failures = self._sorted(list(self._grid.send_and_receive(out)), round, state.w)
-        with self._lent("aggregate", round), unhurried():
+        with self._lent("aggregate", round), unhurried(), overheard() as said:
             try:
                 arrays, measured = self._strategy.aggregate_train(round, replies)
             except Exception as e:
@@ -133,6 +178,14 @@ class Driver:
         metrics = _numbers(measured)
         metrics |= {f"federated_{n}": v for n, v in self._evaluated(state, arrays, round).items()}
         self._current = remember(self._strategy)
+        if arrays is None and replies:
+            log.warning(
+                "round %d: %s made nothing of %d replies, and the model stays as it was%s",
+                round,
+                type(self._strategy).__name__,
+                len(replies),
+                "".join(f": {line}" for line in said),
+            )
         w = state.w if arrays is None else to_tree(arrays, like=state.w)
         if not tree.finite(w):
             raise FedsimError(f"{type(self._strategy).__name__} made a model with NaN or Inf in round {round}")
@@ -143,14 +196,21 @@ class Driver:
             sum(_bytes(m) for m in out),
             sum(_bytes(r) for r in replies),
             failures,
+            learned=arrays is not None,
         )
-        return State(w, self._current), trained
+        return State(w, self._current, state.aggregated + trained.learned), trained
 
     def evaluate(self, state: State, round: int) -> tuple[ClientScore, ...] | None:
         if self._panel is None:
             return None
         shared = {"params": state.w, "model": state.w}
         return score_clients(self._executor, self._panel, shared, round, self._key, self._population)
+
+    def conclude(self, state: State) -> None:
+        if not state.aggregated:
+            raise FedsimError(
+                f"{type(self._strategy).__name__} aggregated in no round, and the model is what it began as"
+            )
 
     def params(self, state: State) -> Tree:
         return state.w
@@ -212,6 +272,27 @@ def unhurried() -> Iterator[None]:
         gc.unfreeze()
 
 
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """What Flower warns of inside, a line each; its own log says nothing below an error, since a round is one line."""
+    said: list[str] = []
+    flower = logging.getLogger("flwr")
+    level = flower.level
+
+    def keep(entry: logging.LogRecord) -> bool:
+        if entry.levelno < logging.ERROR:
+            said.append(" ".join(entry.getMessage().split()))
+        return entry.levelno >= logging.ERROR
+
+    flower.setLevel(logging.WARNING)
+    flower.addFilter(keep)
+    try:
+        yield said
+    finally:
+        flower.removeFilter(keep)
+        flower.setLevel(level)
+
+
 def remember(strategy: FlowerStrategy) -> dict[str, Any]:
     """The attributes of a strategy that are data, copied. Raises ``ConfigError`` for state that cannot be saved."""
     out: dict[str, Any] = {}
@@ -223,15 +304,15 @@ def remember(strategy: FlowerStrategy) -> dict[str, Any]:
         elif callable(value):
             continue  # an argument: the config gives it again
         elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-            out[name] = {"state_dict": value.state_dict()}
+            out[name] = {"state_dict": dict(value.state_dict())}  # torch gives an OrderedDict, and takes any mapping
         else:
-            try:
-                encode(value, {})
-            except TypeError as e:
-                raise ConfigError(
-                    f"strategy.name: {type(strategy).__name__}.{name} cannot be saved, so no run could resume: {e}"
-                ) from e
             out[name] = {"value": value}
+        try:
+            encode(None if "record" in out[name] or "strategy" in out[name] else out[name], {})
+        except TypeError as e:
+            raise ConfigError(
+                f"strategy.name: {type(strategy).__name__}.{name} cannot be saved, so no run could resume: {e}"
+            ) from e
     return out
 
 

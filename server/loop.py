@@ -20,7 +20,8 @@ Note = Callable[[int, int, Any], None]  # of a round, a phase, and the state tha
 
 
 class Trained(NamedTuple):
-    """What a round of training took: mean client metrics, counts summed over its phases, and what failed."""
+    """What a round of training took: mean client metrics, counts summed over its phases, what failed, and whether
+    anything came of it."""
 
     metrics: dict[str, float]
     clients: int
@@ -28,6 +29,7 @@ class Trained(NamedTuple):
     bytes_down: int
     bytes_up: int
     failures: tuple[Failure, ...]
+    learned: bool = True
 
 
 class ClientScore(NamedTuple):
@@ -56,6 +58,7 @@ class Driver(Protocol[S]):
     def begin(self) -> S: ...
     def train(self, state: S, round: int) -> tuple[S, Trained]: ...
     def evaluate(self, state: S, round: int) -> tuple[ClientScore, ...] | None: ...
+    def conclude(self, state: S) -> None: ...
     def params(self, state: S) -> Tree: ...
     def gauges(self, state: S) -> dict[str, float]: ...
     def export(self, state: S) -> dict[str, bytes]: ...
@@ -64,11 +67,15 @@ class Driver(Protocol[S]):
 def rounds(driver: Driver[S], state: S, first: int, last: int, evaluate: Callable[[int], bool]) -> Iterator[Round[S]]:
     """Train and evaluate rounds ``first … last``, from ``state``. The caller records, saves, and may stop.
 
-    Raises ``FedsimError`` for a round that breaks the model, before any client is asked to evaluate it.
+    Raises ``FedsimError`` for a round of which nothing came since all its clients failed, and for one that breaks the
+    model, before any client is asked to evaluate it.
     """
     for number in range(first, last + 1):
         began, before = time.perf_counter(), state
         state, trained = driver.train(state, number)
+        if trained.failures and not trained.clients and not trained.learned:
+            client, why = trained.failures[0]
+            raise FedsimError(f"all clients of round {number} failed; the first of them, client {client}: {why}")
         sound(driver.params(before), driver.params(state), number)
         scores = driver.evaluate(state, number) if evaluate(number) else None
         yield Round(number, state, trained, scores, time.perf_counter() - began)
@@ -151,6 +158,9 @@ class Native(Generic[S]):
             shared["model"] = self._strategy.params(state)
         return score_clients(self._executor, self._panel, shared, round, self._key, self._population)
 
+    def conclude(self, state: S) -> None:
+        """Raises ``FedsimError`` for the end of a run that came to nothing; which no round of ours lets happen."""
+
     def params(self, state: S) -> Tree:
         return self._strategy.params(state)
 
@@ -174,12 +184,18 @@ def run_round(
     metrics: dict[str, float] = {}
     clients = examples = down = up = 0
     failures: list[Failure] = []
+    learned = False
     for i, phase in enumerate(strategy.phases):
         work = asked(round, i, phase.local, phase.broadcast(state), key)
         outcome = executor.map(work, cohort, phase.reduce)
+        if outcome.clients and outcome.channels != strategy.sends[i]:
+            sent, said = sorted(outcome.channels), sorted(strategy.sends[i])
+            raise FedsimError(
+                f"the strategy's sends: must be what clients send in exchange {i + 1}, {sent} (got {said})"
+            )
         result: Any = phase.reduce.finish(outcome.folded)
         if result is not None:
-            state = phase.finish(state, result)
+            state, learned = phase.finish(state, result), True
             metrics |= getattr(result, "metrics", {})
             if note:
                 note(round, i, state)
@@ -188,7 +204,7 @@ def run_round(
         failures += outcome.failures
         # Who failed has nothing to go on with: it sits out what is left of the round.
         cohort = [c for c in cohort if c not in {failure.client for failure in outcome.failures}]
-    return state, Trained(metrics, clients, examples, down, up, tuple(failures))
+    return state, Trained(metrics, clients, examples, down, up, tuple(failures), learned)
 
 
 def score_clients(

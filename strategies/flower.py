@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clients.sgd import SgdConfig
 from fedsim import Task
@@ -25,6 +25,14 @@ class Settings(SgdConfig):
     """What a Flower strategy and its clients are told."""
 
     args: dict[str, Any] = Field(default_factory=dict, description="the strategy's own arguments")
+
+    @model_validator(mode="after")
+    def _flowers_own(self) -> "Settings":
+        if self.weighting != "examples":
+            raise ValueError(
+                f"weighting: must be 'examples', by which Flower's averages weigh (got '{self.weighting}')"
+            )
+        return self
 
 
 class Plugin:

@@ -97,6 +97,7 @@ SETTINGS = {
     "strategy.lr_schedule=0.5": r"strategy\.lr_schedule: must be a table \(got 0\.5\)",
     "engine.block=3": r"engine\.block: must be a power of two \(got 3\)",
     "engine.record=true": r"engine\.record: is for a GPU: set device",
+    "engine.workers=4": r"engine\.workers: belongs to kind 'ray': set engine\.kind, or --engine ray \(got 4\)",
     "engine.block=0": r"engine\.block: must be at least 1 \(got 0\)",
     "engine.on_error=ignore": r"engine\.on_error: must be 'raise'.* \(got 'ignore'\)",
     "engine.device=tpu": r"engine\.device: must be 'cpu', 'cuda' or 'auto' \(got 'tpu'\)",
@@ -246,6 +247,7 @@ def test_overrides(call: Call, tmp_path: Path) -> None:
 
 # Plugins that are broken
 
+FEDAVG = "from strategies.fedavg import Config, build as of\nbuild = lambda c, t: of(c, t)._replace("
 PLUGINS = {
     "raise RuntimeError('first\\nsecond')": r"strategy\.name: plugin 'mine\.py' cannot be loaded: RuntimeError: first second.*",
     "def broken(:": r"strategy\.name: plugin 'mine\.py' cannot be loaded: SyntaxError: .*",
@@ -256,6 +258,16 @@ PLUGINS = {
     "Config = build = 3": r"strategy\.name: plugin 'mine\.py': .*Config.*",
     "from strategies.fedavg import Config\nbuild = lambda c, t: 1 / 0": r"strategy\.name: .*ZeroDivisionError.*",
     "from strategies.fedavg import Config\nbuild = lambda c, t: None": r"strategy\.name: .*Strategy.*",
+    FEDAVG + "init=lambda: None)": r"strategy\.name: 'mine\.py' cannot begin: TypeError: .* 0 positional arguments but 1 was given .*",
+    FEDAVG + "init=None)": r"strategy\.name: init of 'mine\.py' must be a function \(got None\)",
+    FEDAVG + "params=lambda s: [1])": r"strategy\.name: params of 'mine\.py' must give named tensors \(got list\)",
+    FEDAVG + "phases=list(of(c, t).phases))": r"strategy\.name: phases of 'mine\.py' must be a tuple of at least one Phase \(got list\)",
+    FEDAVG + "phases=())": r"strategy\.name: phases of 'mine\.py' must be a tuple of at least one Phase \(got \(\)\)",
+    FEDAVG + "phases=(of(c, t).phases[0]._replace(local=3),))": r"strategy\.name: phases\[0\]\.local of 'mine\.py' must be a Local \(got 3\)",
+    FEDAVG + "sends={'x'})": r"strategy\.name: sends of 'mine\.py' must be a tuple of .* \(got \{'x'\}\)",
+    FEDAVG + "sends=())": r"strategy\.name: sends of 'mine\.py' must be a tuple of .* \(got \(\)\)",
+    FEDAVG + "sends='delta')": r"strategy\.name: sends of 'mine\.py' must be a tuple of .* \(got 'delta'\)",
+    FEDAVG + "sends=('delta',))": r"strategy\.name: sends of 'mine\.py' must be a tuple of .* \(got \('delta',\)\)",
 }  # fmt: skip
 
 

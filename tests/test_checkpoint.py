@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,3 +164,10 @@ def test_the_manifest_is_for_people_too(tmp_path: Path) -> None:
 def test_nothing_to_load(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="no checkpoint to resume from"):
         Store(tmp_path, 2).load({})
+
+
+@pytest.mark.parametrize("value", [Counter("ab"), OrderedDict(a=1), defaultdict(list)])
+def test_a_mapping_that_is_no_dict_is_refused(value: Any) -> None:
+    """It would come back as a dict, and behave otherwise."""
+    with pytest.raises(TypeError, match=f"{type(value).__name__} cannot be put in a checkpoint"):
+        pack({"inside": [value]})

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,10 @@ def test_both_paths_drop_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_everybody_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round in which nobody is left changes nothing and is recorded as such."""
+@pytest.mark.parametrize("name", ["scaffold", "fzoos", "flwr.serverapp.strategy:FedAvg"])
+@pytest.mark.parametrize("paths", ["fast", "messages"])
+def test_everybody_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, paths: str) -> None:
+    """A round in which nobody is left ends the run, whatever the policy, with the first reason."""
     from fedsim import data
 
     true = data.federation
@@ -290,9 +293,71 @@ def test_everybody_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return made
 
     monkeypatch.setattr(data, "federation", federation)
-    done = run(runs.experiment("engine.on_error=drop", "rounds=2"), tmp_path / "out")
-    assert done["total_failures"] == 8 and done["client_updates"] == 0
-    assert [line["clients"] for line in runs.lines(tmp_path / "out")] == [0, 0]
+    setup = runs.experiment(f"strategy={{name='{name}',cohort=4}}", "engine.on_error=drop", f"engine.paths={paths}")
+    with pytest.raises(
+        FedsimError, match=r"^all clients of round 1 failed; the first of them, client \d+: .*(NaN|nan)"
+    ) as e:
+        run(setup, tmp_path / "out")
+    assert e.value.exit_code == 1
+    assert runs.summary(tmp_path / "out")["status"] == "failed" and runs.lines(tmp_path / "out") == []
+
+
+def test_everybody_fails_under_client_level_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was there is nobody's business: a round of nobody is noise, and a round all the same."""
+    from fedsim import block
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(block, "one", fail)
+    setup = runs.experiment(
+        "strategy={name='fedavg',cohort=4,weighting='uniform'}", "engine.on_error=drop", "engine.execution=plain",
+        "data.holdout=0.0", "privacy={mode='client',clip=0.5,noise_multiplier=1.0,delta=1e-3}",
+    )  # fmt: skip
+    assert run(setup, tmp_path / "out")["status"] == "completed"
+
+
+# What fails by chance
+
+
+@pytest.mark.parametrize("name", ["scaffold", "flwr.serverapp.strategy:FedAvg"])
+@pytest.mark.parametrize(("execution", "paths"), ENGINES)
+def test_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, execution: str, paths: str) -> None:
+    """Work that fails once is done again, to the same bits; what fails twice ends the run."""
+    from fedsim import block
+
+    settings = [
+        f"strategy.name='{name}'",
+        "strategy.cohort=12",
+        f"engine.execution={execution}",
+        f"engine.paths={paths}",
+    ]
+    digest = run(runs.experiment(*settings), tmp_path / "straight")["params_sha256"]
+    one, left = block.one, {7: 1}
+
+    def out_of_memory(*args: Any) -> Any:
+        raise MemoryError("for a moment")
+
+    def unlucky(work: Any, federation: Any, guest: Any) -> Any:
+        if left.get(guest.client, 0):
+            left[guest.client] -= 1
+            out_of_memory()
+        return one(work, federation, guest)
+
+    monkeypatch.setattr(block, "one", unlucky)
+    if execution == "batched":
+        monkeypatch.setattr(block, "stacked", out_of_memory)
+    done = run(runs.experiment(*settings, "engine.on_error=retry"), tmp_path / "retry")
+    assert left == {7: 0} and "failures" not in runs.lines(tmp_path / "retry")[0]
+    if execution == "plain":
+        assert done["params_sha256"] == digest
+    left[7] = 2
+    with pytest.raises(ClientError, match=r"^client 7 failed in round 1 \(seed 3\): MemoryError: for a moment"):
+        run(runs.experiment(*settings, "engine.on_error=retry"), tmp_path / "twice")
+    assert left == {7: 0}
+    left[7] = 1
+    with pytest.raises(ClientError, match=r"^client 7 failed in round 1"):
+        run(runs.experiment(*settings), tmp_path / "raise")
 
 
 MODEL = """
@@ -330,6 +395,35 @@ def test_client_that_raises_through_the_command(tmp_path: Path) -> None:
 
 
 # The server's half
+
+
+@pytest.mark.parametrize("paths", ["fast", "messages"])
+def test_sends_is_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: str) -> None:
+    from strategies import fedavg
+
+    build = fedavg.build
+    monkeypatch.setattr(fedavg, "build", lambda *of: build(*of)._replace(sends=(frozenset({"x"}),)))
+    sent = r"^the strategy's sends: must be what clients send in exchange 1, \['delta'\] \(got \['x'\]\)$"
+    with pytest.raises(FedsimError, match=sent):
+        run(runs.experiment("strategy={name='fedavg',cohort=4}", f"engine.paths={paths}"), tmp_path / "out")
+
+
+def test_a_state_that_no_checkpoint_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from strategies import fedavg
+
+    build = fedavg.build
+
+    def counting(*of: Any) -> Any:
+        made = build(*of)
+        phase = made.phases[0]._replace(finish=lambda state, mean: state._replace(w=OrderedDict(state.w)))
+        return made._replace(phases=(phase,))
+
+    monkeypatch.setattr(fedavg, "build", counting)
+    with pytest.raises(
+        FedsimError, match=r"^strategy 'fedavg': its state of round 1: a collections\.OrderedDict cannot"
+    ):
+        run(runs.experiment("strategy={name='fedavg',cohort=4}"), tmp_path / "out")
+
 
 BROKEN = """
 from typing import NamedTuple

@@ -159,6 +159,16 @@ def test_another_config_is_refused(tmp_path: Path, change: str) -> None:
     assert runs.listing(tmp_path) == before
 
 
+def test_a_record_that_is_gone_is_missed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reference(out, runs.experiment("rounds=2"))
+    (out / "metrics.jsonl").unlink()
+    before = runs.listing(tmp_path)
+    with pytest.raises(ResumeError, match=r"metrics\.jsonl: missing, though the checkpoint is that of round 2$"):
+        run(runs.experiment("rounds=4"), out, resume=True)
+    assert runs.listing(tmp_path) == before
+
+
 def test_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The config names a data set; whether it still holds the same bytes is another question."""
     reference(tmp_path / "out", runs.experiment("rounds=2"))

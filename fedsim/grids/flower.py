@@ -5,6 +5,7 @@
 """
 
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedsim.errors import FedsimError
 from fedsim.types import Payload, Tree
 
 logging.getLogger("flwr").setLevel(logging.ERROR)  # flwr sets INFO when it is imported; a round is one line of ours
 
 SERVER_NODE = 1
 RUN_ID = 1
+LOOKS, PAUSE = 5, 0.5  # looks at the nodes in a row, so many seconds or more apart, that only somebody waiting takes
 
 
 def identify() -> None:
@@ -99,6 +102,7 @@ class MessageGrid(Grid):
         self._run = Run.create_empty(RUN_ID)
         self._replies: dict[str, Message] = {}
         self._sent = 0
+        self._looks, self._looked = 0, 0.0
 
     @abstractmethod
     def execute(self, messages: list[Message]) -> list[Message]:
@@ -128,11 +132,20 @@ class MessageGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
+        """All nodes. Raises ``FedsimError`` for who looks again and again and sends nothing: it waits for others."""
+        now = time.monotonic()
+        if now - self._looked >= PAUSE:
+            self._looks, self._looked = self._looks + 1, now
+        if self._looks > LOOKS:
+            raise FedsimError(
+                f"the server waits for more nodes than there are, and there will be no other (got {self._population})"
+            )
         return range(2, self._population + 2)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Execute messages at once; their replies wait to be pulled."""
         batch = list(messages)
+        self._looks = 0
         for message in batch:
             self._sent += 1
             number(message, f"message-{self._sent}")

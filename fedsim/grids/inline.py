@@ -26,7 +26,8 @@ Order = Callable[[list[int]], Iterable[int]]
 
 
 class Outcome(NamedTuple):
-    """The folded reports of a phase, and what it took. Bytes are those of the tensors that travelled."""
+    """The folded reports of a phase, and what it took. Bytes are those of the tensors that travelled, channels all
+    those that any client sent."""
 
     folded: Any
     clients: int
@@ -34,6 +35,7 @@ class Outcome(NamedTuple):
     bytes_down: int
     bytes_up: int
     failures: tuple[Failure, ...]
+    channels: frozenset[str]
 
 
 class Executor(Protocol):
@@ -54,15 +56,22 @@ def canonical(cohort: Sequence[int], federation: Federation, split: str = "train
 
 
 class Way(NamedTuple):
-    """How the clients of a phase run: in blocks of ``size``, stacked or one by one, by recorded steps or not."""
+    """How the clients of a phase run: in blocks of ``size``, stacked or one by one, by recorded steps or not; and
+    whether work that raises is done once more."""
 
     size: int
     stacked: bool
     recorder: replay.Recorder | None = None
+    retry: bool = False
 
 
 def way(engine: EngineConfig, data: Split, local: Local) -> Way:
-    """How clients run; says once what was chosen and why. It depends on the config alone, never on the workers.
+    """How clients run, by the config and the local update."""
+    return _way(engine, data, local)._replace(retry=engine.on_error == "retry")
+
+
+def _way(engine: EngineConfig, data: Split, local: Local) -> Way:
+    """Says once what was chosen and why. It depends on the config alone, never on the workers.
 
     In auto, a GPU always takes blocks. A CPU takes them where every step is written out for a block (fedsim/lower.py),
     of as many clients as stay in its cache: that is measured to win (docs/benchmarks.md), while other stacked tensors
@@ -159,6 +168,7 @@ class BlockGrid(MessageGrid):
             n * tree.nbytes(work.shared),
             sum(part.bytes_up for part in done),
             tuple(sorted(failure for part in done for failure in part.failures)),
+            frozenset().union(*(part.channels for part in done)),
         )
 
 
@@ -188,7 +198,7 @@ class InlineGrid(BlockGrid):
         by_start = {b.start: b for b in blocks}
         for start in self._order(list(by_start)):
             guests = [Guest(c, self.memory.get(c)) for c in by_start[start].clients]
-            yield worker.run(work, self.federation, guests, start, cohort, reduce, how.stacked, how.recorder)
+            yield worker.run(work, self.federation, guests, start, cohort, reduce, how.stacked, how.recorder, how.retry)
 
     def execute(self, messages: list[Message]) -> list[Message]:
         replies = []
@@ -214,9 +224,9 @@ def answer(app: App | None, message: Message, context: Context) -> Message:
 
 
 def check(failures: Iterable[Failure], engine: EngineConfig, work: Work) -> None:
-    """Apply the run's policy: stop at the first failing client, or name it and go on without it."""
+    """Apply the run's policy: stop at the first client that has failed, or name it and go on without it."""
     for failure in failures:
-        if engine.on_error == "raise":
+        if engine.on_error != "drop":
             raise ClientError(failure.client, work.round, work.key.seed, failure.reason)
         log.warning(
             "round %d: dropped client %d (seed %d): %s", work.round, failure.client, work.key.seed, failure.reason

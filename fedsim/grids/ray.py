@@ -205,7 +205,9 @@ class Actor:
         total = Partial([], {}, (), 0, 0, 0)
         for start, clients in blocks:
             mine = [Guest(c, unpack(memory[c]) if c in memory else None) for c in clients]
-            part = worker.run(work, self._site.federation, mine, start, cohort, reduce, how.stacked, how.recorder)
+            part = worker.run(
+                work, self._site.federation, mine, start, cohort, reduce, how.stacked, how.recorder, how.retry
+            )
             for node in part.nodes:
                 fold.add(node)
             total = worker.together(total, part._replace(nodes=[]))
@@ -509,7 +511,7 @@ class RayGrid(BlockGrid):
         found = place(machines(gpus), asked, each, room, used)
         self._cluster.start(found.workers, gpus, data + STORE + int(2e9 if gpus else 5e8))
         tables = config.dump(self._experiment)
-        tables["engine"] |= {"kind": "inline"}
+        tables["engine"] |= {"kind": "inline", "workers": "auto"}
         world = ray.put(export(federation))
         # Where machines were counted, none gets more than it has room for.
         memory = {"memory": each} if asked is None and not self._cluster.ours else {}

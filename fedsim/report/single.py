@@ -10,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from fedsim import files, record
+from fedsim.errors import ConfigError
 from fedsim.progress import duration, number, size
 from fedsim.report import figures, leakage, page
 from fedsim.report.figures import Curve
@@ -20,8 +21,14 @@ FAILURES = 200  # rows of the failures table; a run that drops a client every ro
 
 
 def write(run_dir: Path) -> Path:
-    """Make ``report.html`` from the files of a run folder, also of one that failed, was killed, or is still running."""
+    """Make ``report.html`` from the files of a run folder, also of one that failed, was killed, or is still running.
+
+    Raises ``ConfigError`` for files that are no run's.
+    """
     config = record.read_config(run_dir)
+    strategy = config.get("strategy")
+    if not ({"name", "seed"} <= config.keys() and isinstance(strategy, dict) and "name" in strategy):
+        raise ConfigError(f"{run_dir / record.CONFIG}: must be a run's, with a name, a seed and a [strategy]")
     lines = record.read_lines(run_dir)
     summary = record.read_summary(run_dir) or unfinished(config, lines)
     body = [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import runs
 from clients.alternate import private_names
 from clients.hypernet import hypernet
 from fedsim import attack, config, tree
@@ -271,3 +272,16 @@ def test_inversion_finds_a_linear_preimage() -> None:
     found = invert(lambda x, others: a @ x.flatten(), a @ truth.flatten(), (1, 8, 8), plan, g)
     torch.testing.assert_close(found.x, truth, rtol=0, atol=1e-5)
     assert found.objective < 1e-10
+
+
+def test_a_folder_that_holds_something_is_not_written_into(tmp_path: Path) -> None:
+    """Neither a file, nor what an attack before has left."""
+    e = config.parse(TABLES | {"attack": {"victims": 1, "iterations": 1}})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"^--out: .*file is a file$"):
+        attack.run(e, tmp_path / "file")
+    attack.run(e, tmp_path / "out")
+    before = runs.listing(tmp_path)
+    with pytest.raises(ConfigError, match=r"^--out: .*out is not empty$"):
+        attack.run(e, tmp_path / "out")
+    assert runs.listing(tmp_path) == before

@@ -146,8 +146,11 @@ def test_nobody_at_all_ends_the_run(tmp_path: Path) -> None:
         deployed(e, tmp_path / "out", tmp_path / "nodes", change=lambda wires: wires.nodes.clear())
 
 
-def test_a_flower_strategy_does_not_wait_without_end(tmp_path: Path) -> None:
-    e = experiment(*SMALL, "engine.on_error=drop", "strategy.cohort=3", "strategy.name=flwr.serverapp.strategy:FedAvg")
+@pytest.mark.parametrize(
+    "wanted", [("strategy.cohort=3",), ("strategy.cohort=2", "strategy.args.min_available_nodes=3")]
+)
+def test_a_flower_strategy_does_not_wait_without_end(tmp_path: Path, wanted: tuple[str, ...]) -> None:
+    e = experiment(*SMALL, "engine.on_error=drop", *wanted, "strategy.name=flwr.serverapp.strategy:FedAvg")
     with pytest.raises(FedsimError, match="have no node"):
         deployed(e, tmp_path / "out", tmp_path / "nodes", change=lambda wires: wires.nodes.popitem())
 

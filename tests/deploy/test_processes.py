@@ -3,6 +3,7 @@
 Each round takes Flower seconds, since it starts a process for every message: all but the first test are slow.
 """
 
+import io
 import shutil
 import threading
 import time
@@ -181,3 +182,14 @@ def test_what_cannot_be_deployed_is_said(tmp_path: Path) -> None:
     file = e.model_copy(update={"strategy": e.strategy.model_copy(update={"name": "mine.py"})})
     with pytest.raises(ConfigError, match="is a file of this machine"):
         deploy.write_app(tmp_path / "app", file, {})
+
+
+def test_an_error_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised, and whoever catches it prints it: it is not echoed as well."""
+    flwr, echo = tmp_path / "flwr", io.StringIO()
+    flwr.write_text("#!/bin/sh\necho 'run: there'\necho 'error: 2 of 3 clients have no node'\n")
+    flwr.chmod(0o700)
+    monkeypatch.setattr(deploy.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(FedsimError, match=r"^2 of 3 clients have no node$"):
+        deploy.submit(tmp_path / "app", tmp_path / "home", tmp_path / "out", echo)
+    assert echo.getvalue() == "run: there\n"

@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from fedsim import cli, run_app
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.grids import flower
 
 APPS = Path(__file__).parent.parent / "apps"
 NAMES = ("fedavg-digits", "fedadam-waves", "krum-points")
@@ -103,6 +104,13 @@ def test_an_app_that_fails_says_where(tmp_path: Path) -> None:
     )
     with pytest.raises(FedsimError, match=r"division by zero \(broken_app.py:8\)"):
         run_app.run(run_app.load(tmp_path))
+
+
+def test_an_app_that_waits_for_more_nodes_than_there_are_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "PAUSE", 0.0)
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda seconds: None)
+    with pytest.raises(FedsimError, match=r"^the server waits for more nodes than there are, .*\(got 1\)$"):
+        run_app.run(run_app.load(APPS / "krum-points", supernodes=1))
 
 
 def test_the_command_prints_the_last_rounds_metrics(

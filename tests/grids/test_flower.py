@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedsim.errors import FedsimError
 from fedsim.grids import flower
 from fedsim.grids.flower import MessageGrid
 
@@ -77,6 +78,24 @@ def test_the_protocol() -> None:
     assert failed.has_error() and failed.error.reason == "no"
     both = list(grid.send_and_receive([grid.create_message(content, "train", n, "1") for n in (2, 6)]))
     assert sorted(m.metadata.src_node_id for m in both) == [2, 6]
+
+
+def test_who_looks_again_and_again_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes neither come nor go. To look often is no waiting, nor is to look now and then between messages."""
+    grid, now = Echo(3), [100.0]
+    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
+    for _ in range(1000):
+        list(grid.get_node_ids())
+    for _ in range(20):
+        now[0] += 10.0
+        list(grid.get_node_ids())
+        list(grid.push_messages([grid.create_message(RecordDict(), "train", 2, "1")]))
+    for _ in range(flower.LOOKS):
+        now[0] += 1.0
+        list(grid.get_node_ids())
+    now[0] += 1.0
+    with pytest.raises(FedsimError, match=r"^the server waits for more nodes than there are, .*\(got 3\)$"):
+        grid.get_node_ids()
 
 
 def test_a_client_app_runs_on_it() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fedsim import record, report
 from fedsim.errors import ConfigError
@@ -180,3 +181,12 @@ def test_loss_is_drawn_against_queries_where_they_are_counted(tmp_path: Path) ->
                 r.append(line | {key: value * at for key, value in asked.items()} | {"seconds": 0.1})
         text = report.write(tmp_path / name).read_text()
         assert ("Loss by queries" in text) == (name == "counted")
+
+
+@pytest.mark.parametrize("lacking", [{"strategy": {}}, {"strategy": 3}, {"name": None}])
+def test_a_config_that_is_no_runs(tmp_path: Path, lacking: dict[str, Any]) -> None:
+    make(tmp_path, rounds=1)
+    tables = {key: value for key, value in (CONFIG | lacking).items() if value is not None}
+    (tmp_path / record.CONFIG).write_text(tomli_w.dumps(tables))
+    with pytest.raises(ConfigError, match=r"config\.toml: must be a run's, with a name, a seed and a \[strategy\]$"):
+        report.write(tmp_path)

@@ -1,5 +1,6 @@
 """Flower's own strategies, named in a config with their arguments: reproducible, resumable, and the same as ours."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import runs
 from fedsim import check, checkpoint, config, tree
 from fedsim.check import Subject, World
 from fedsim.errors import ClientError, ConfigError, FedsimError
-from fedsim.run import assemble, run
+from fedsim.grids import flower as edge
+from fedsim.run import assemble, build, run
 from strategies import fedavg, fedprox
 
 COHORT = 8
@@ -134,12 +136,124 @@ def test_a_wrapper_and_the_strategy_inside_it() -> None:
         assemble(*world("DifferentialPrivacyServerSideFixedClipping", **args))
 
 
+SAMPLING = {
+    "fraction_train=0.1": r"strategy\.args\.fraction_train: is set by strategy\.cohort \(got 0\.1\)",
+    "min_train_nodes=50": r"strategy\.args\.min_train_nodes: is set by strategy\.cohort \(got 50\)",
+    "min_available_nodes=50": r"strategy\.args\.min_available_nodes: must be at most 12, .* \(got 50\)",
+    "fraction_evaluate=0.5,min_evaluate_nodes=13": r"strategy\.args\.min_evaluate_nodes: must be at most 12.*13\)",
+}
+
+
+@pytest.mark.parametrize("args", SAMPLING)
+def test_arguments_that_contradict_the_cohort_or_wait_without_end(args: str) -> None:
+    setup = runs.experiment(f"strategy={{name='flwr.serverapp.strategy:FedAvg',cohort=4,args={{{args}}}}}")
+    with pytest.raises(ConfigError, match=f"^{SAMPLING[args]}$"):
+        build(setup)
+
+
+def test_an_argument_of_another_type_is_flowers_to_judge(tmp_path: Path) -> None:
+    settings = "strategy={name='flwr.serverapp.strategy:FedAvg',cohort=4,args={min_available_nodes='x'}}"
+    with pytest.raises(FedsimError, match=r"^strategy '.*' failed in round 1 on the server: TypeError: "):
+        run(runs.experiment(settings), tmp_path / "out")
+
+
+def test_what_a_strategy_of_flowers_cannot_do_is_refused() -> None:
+    name = "strategy.name='flwr.serverapp.strategy:FedAvg'"
+    with pytest.raises(ConfigError, match=r"^strategy\.weighting: must be 'examples', .*\(got 'uniform'\)$"):
+        runs.experiment(name, "strategy.weighting=uniform")
+    with pytest.raises(ConfigError, match=r"^evaluate\.local: must be false for a strategy of Flower's"):
+        build(runs.experiment(name, "evaluate.local=true"))
+
+
+class Passing(flower.FedAvg):
+    """Takes an argument of its own, and passes the others on."""
+
+    def __init__(self, alpha: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.alpha = alpha
+
+
+class Stubborn(flower.FedAvg):
+    """Samples as it likes."""
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        super().__init__()
+
+
+def named(cls: type, monkeypatch: pytest.MonkeyPatch, *assignments: str, **args: Any) -> config.Experiment:
+    """A small experiment with a strategy of this class, as if it were one of Flower's."""
+    monkeypatch.setattr(flower, cls.__name__, cls, raising=False)
+    made = runs.experiment(f"strategy={{name='flwr.serverapp.strategy:{cls.__name__}',cohort=4}}", *assignments)
+    return made.model_copy(update={"strategy": made.strategy.model_copy(update={"args": args})})
+
+
+def test_the_cohort_reaches_a_class_that_passes_arguments_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(named(Passing, monkeypatch, alpha=0.1), tmp_path / "out")
+    assert [line["clients"] for line in runs.lines(tmp_path / "out")] == [4, 4, 4, 4]
+    assert "federated_accuracy" not in done, "Flower's own evaluation was not asked for"
+    with pytest.raises(ConfigError, match=r"^strategy\.args\.alpa: unknown .* did you mean 'alpha'\?"):
+        build(named(Passing, monkeypatch, alpa=0.1))
+    with pytest.raises(ConfigError, match=r"^strategy\.cohort: cannot be told to Stubborn, .* and no min_train_nodes;"):
+        build(named(Stubborn, monkeypatch))
+
+
+class Waiting(flower.FedAvg):
+    """Wants more nodes than there are, and says so to nobody."""
+
+    def configure_train(self, server_round: int, *args: Any) -> Any:
+        self.min_available_nodes = 50
+        return super().configure_train(server_round, *args)
+
+
+def test_who_waits_for_nodes_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "PAUSE", 0.0)
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda seconds: None)
+    with pytest.raises(FedsimError, match=r"^the server waits for more nodes than there are, .*\(got 12\)$"):
+        run(named(Waiting, monkeypatch), tmp_path / "out")
+    assert runs.summary(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_run_without_any_aggregate_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Flower says why it skips a round; we say it too, and do not call such a run completed, nor when it is resumed."""
+    bulyan = "strategy={name='flwr.serverapp.strategy:Bulyan',cohort=5,args={num_malicious_nodes=1}}"
+    for resume in (False, True):
+        with pytest.raises(FedsimError, match=r"^Bulyan aggregated in no round, and the model is what it began as$"):
+            run(runs.experiment(bulyan, f"rounds={2 + resume}"), tmp_path / "out", resume=resume)
+        assert runs.summary(tmp_path / "out")["status"] == "failed"
+    said = [r.getMessage() for r in caplog.records if "Bulyan made nothing of 5 replies" in r.getMessage()]
+    assert [line.partition(":")[0] for line in said] == ["round 1", "round 2", "round 3"]
+    assert all("Required at least 7" in line and "received 5" in line for line in said)
+
+
+class Skipping(flower.FedAvg):
+    """Aggregates in the first round alone."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        return super().aggregate_train(server_round, replies) if server_round == 1 else (None, None)
+
+
+def test_a_round_without_an_aggregate_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(named(Skipping, monkeypatch), tmp_path / "out")["status"] == "completed"
+    said = [r.getMessage() for r in caplog.records if "Skipping made nothing of 4 replies" in r.getMessage()]
+    assert [line[:7] for line in said] == ["round 2", "round 3", "round 4"]
+
+
 class Opaque(flower.FedAvg):
     """Keeps what no checkpoint can hold."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.socket = object()
+
+
+class Counting(flower.FedAvg):
+    """Keeps what a checkpoint would give back as another thing."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.socket = Counter("ab")
 
 
 class Failing(flower.FedAvg):
@@ -174,11 +288,12 @@ def test_strategies_that_go_wrong(cls: type, message: str, tmp_path: Path, monke
     assert e.value.exit_code == 1
 
 
-def test_state_that_cannot_be_saved_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower, "Opaque", Opaque, raising=False)
-    experiment = runs.experiment("strategy={name='flwr.serverapp.strategy:Opaque',cohort=4}")
-    with pytest.raises(ConfigError, match=r"Opaque\.socket cannot be saved, so no run could resume"):
-        run(experiment, tmp_path / "out")
+@pytest.mark.parametrize("cls", [Opaque, Counting])
+def test_state_that_cannot_be_saved_is_refused_at_once(
+    cls: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{cls.__name__}\.socket cannot be saved, so no run could resume"):
+        run(named(cls, monkeypatch), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -176,7 +176,7 @@ def test_scaffold_with_one_client_is_fedzo() -> None:
     base = build(experiment("fedzo", clients=1))
     zo = fedzo.build(base.experiment.strategy, base.task)  # type: ignore[arg-type]
     idle: Phase[Any] = built.phases[0]._replace(finish=lambda state, mean: state)
-    zo = zo._replace(phases=(idle, *zo.phases), init=built.init)
+    zo = zo._replace(phases=(idle, *zo.phases), sends=(built.sends[0], *zo.sends), init=built.init)
     ends = [_run(s, base.federation, 3).x for s in (built, zo)]
     assert same(*ends)
 
