@@ -8,12 +8,11 @@ broadcast is the same answer, and costs nothing.
 A node runs the code of its app. This protects its examples from a config, not from other code.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim import block
+from fedsim import block, files
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
 from fedsim.errors import FedsimError
@@ -28,18 +27,15 @@ class Budget:
     """ε at δ in all, and what was spent of it; ``folder`` is the node's state folder."""
 
     def __init__(self, folder: Path, epsilon: float, delta: float) -> None:
-        self._path, self._epsilon, self._delta = folder / FILE, epsilon, delta
+        self._lines, self._epsilon, self._delta = files.Lines(folder / FILE), epsilon, delta
         self._spent: dict[str, History] = {}
-        text = self._path.read_text() if self._path.exists() else ""
-        for line in text.splitlines(keepends=True):
+        for line in self._lines.read():
             try:
                 visit, *numbers = line.split()
-                if not line.endswith("\n") or len(numbers) % 3:
-                    continue  # cut short when it was written: that visit was never answered
                 parts = (numbers[i : i + 3] for i in range(0, len(numbers), 3))
                 self._spent[visit] = tuple(Entry(float(s), float(q), int(n)) for s, q, n in parts)
             except ValueError:
-                raise FedsimError(f"{self._path}: damaged; what was spent is unknown, so nothing more is") from None
+                raise FedsimError(f"{folder / FILE}: damaged; what was spent is unknown, so nothing more is") from None
 
     def spend(self, visit: str, cost: History) -> None:
         """Put a visit's cost on disk, before it is answered. Raises ``FedsimError`` for one that costs too much."""
@@ -52,12 +48,8 @@ class Budget:
                 f"this node's examples may cost epsilon {self._epsilon:g} at delta {self._delta:g}; with this visit "
                 f"they would have cost {after:.4g}"
             )
+        self._lines.add(" ".join([visit, *(f"{e.sigma!r} {e.q!r} {e.steps}" for e in cost)]))
         self._spent[visit] = cost
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._path.open("a") as file:
-            file.write(" ".join([visit, *(f"{e.sigma!r} {e.q!r} {e.steps}" for e in cost)]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def of_node(node_config: Mapping[str, Any], folder: Path) -> Budget | None:

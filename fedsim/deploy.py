@@ -20,6 +20,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -193,7 +194,8 @@ class Local:
         """End every process of the deployment, nodes first; those that stay are killed."""
         groups = [pid for _, pid in sorted(self.running().items(), reverse=True)]
         for pid in groups:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         end = time.monotonic() + patience
         while self.running() and time.monotonic() < end:
             time.sleep(0.1)
@@ -249,8 +251,12 @@ class Compose:
 
     def run(self, experiment: Experiment, out: Path, **settings: Any) -> dict[str, Any]:
         """Run an experiment over the nodes; its folder is inside, beside the ServerApp, and copied out to ``out``."""
+        from fedsim.run import check_folder
+
         echo = settings.pop("echo", None)
-        inside = f"/state/runs/{out.name}"
+        check_folder(out, bool(settings.get("resume")))
+        # Folders of one name are runs of their own.
+        inside = f"/state/runs/{out.name}-{sha256(str(out.resolve()).encode()).hexdigest()[:12]}"
         sent = json.dumps(
             {"experiment": tomli_w.dumps(config.dump(experiment)), "settings": {"out": inside} | settings}
         )

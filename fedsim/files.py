@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -32,19 +32,34 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 @contextmanager
-def contribute(path: Path) -> Iterator[IO[bytes]]:
+def contribute(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """A file that any of several processes may make at once: each writes its own, and the last one to finish stays."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix, delete=False) as f:
         try:
             yield f
             f.flush()
-            os.fchmod(f.fileno(), 0o644)
+            os.fchmod(f.fileno(), mode)
             os.fsync(f.fileno())
             os.replace(f.name, path)
         except BaseException:
             Path(f.name).unlink(missing_ok=True)
             raise
     sync(path.parent)
+
+
+def first(path: Path, data: bytes, mode: int = 0o644) -> bytes:
+    """What is in a file that any of several processes may make at once, and that the first one has made for good."""
+    if path.exists():
+        return path.read_bytes()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-") as f:
+        f.write(data)
+        f.flush()
+        os.fchmod(f.fileno(), mode)
+        os.fsync(f.fileno())
+        with suppress(FileExistsError):
+            os.link(f.name, path)
+            sync(path.parent)
+    return path.read_bytes()
 
 
 def write_new(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
@@ -64,6 +79,42 @@ def write_new(folder: Path, contents: Iterable[tuple[str, bytes]]) -> None:
         for _ in pool.map(sync, paths):
             pass
     sync(folder)
+
+
+def append(file: int, data: bytes) -> None:
+    """Add to an open file, and sync; where the disk is full, take the half back, or the next would grow on it."""
+    start = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    except OSError:
+        os.ftruncate(file, start)
+        raise
+
+
+class Lines:
+    """A file that grows by a line at a time; each is on the disk when ``add`` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> list[str]:
+        """The lines. One that was cut short when it was written is cut off: whoever wrote it had not gone on."""
+        if not self._path.exists():
+            return []
+        whole, end, _ = self._path.read_bytes().rpartition(b"\n")
+        os.truncate(self._path, len(whole + end))
+        return whole.decode().splitlines()
+
+    def add(self, line: str) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            append(descriptor, line.encode() + b"\n")
+        finally:
+            os.close(descriptor)
 
 
 def sync(path: Path) -> None:

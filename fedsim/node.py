@@ -145,7 +145,8 @@ def _from_cache(experiment: Experiment, client: int, cache: Path) -> tuple[Datas
 def write_examples(path: Path, x: torch.Tensor, y: torch.Tensor, classes: int, clients: int, name: str) -> None:
     """A client's examples as a file that a node can hold: x (n, …), y (n, …), both in one safetensors file."""
     metadata = {"classes": str(classes), "clients": str(clients), "name": name}
-    files.write(path, save({"x": x.contiguous(), "y": y.contiguous()}, metadata=metadata), mode=0o600)
+    with files.contribute(path, mode=0o600) as f:  # nodes of one machine may share their state folder
+        f.write(save({"x": x.contiguous(), "y": y.contiguous()}, metadata=metadata))
 
 
 def _read(path: Path) -> tuple[Dataset, int] | None:
@@ -314,8 +315,6 @@ def _private(experiment: Experiment, task: Task, state: Path, header: Mapping[st
     strategy = silent(plugin.build(experiment.strategy, task), secret=level.noise == "os")
     if level.noise == "seeded":
         return strategy, Key.root(experiment.seed).at("privacy")
-    path = state / "noise.key"
-    if not path.exists():
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        files.write(path, os.urandom(16).hex().encode(), mode=0o600)
-    return strategy, Key(experiment.seed, bytes.fromhex(path.read_text())).at("run", str(header.get("run", "")))
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = files.first(state / "noise.key", os.urandom(16).hex().encode(), mode=0o600)
+    return strategy, Key(experiment.seed, bytes.fromhex(key.decode())).at("run", str(header.get("run", "")))

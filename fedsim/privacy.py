@@ -17,7 +17,6 @@ Costs depend on the config and the key alone, never on data: how many rounds a b
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,14 +156,11 @@ class Releases:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._seen = path, {}
-        with suppress(FileNotFoundError):
-            for line in path.read_text().splitlines(keepends=True):
-                parts = line.split()
-                if line.endswith("\n") and len(parts) == 3:  # else it was cut short, and nobody has seen what it says
-                    self._seen.setdefault((int(parts[0]), int(parts[1])), set()).add(parts[2])
-
-    _seen: dict[tuple[int, int], set[str]]
+        self._lines = files.Lines(path)
+        self._seen: dict[tuple[int, int], set[str]] = {}
+        for line in self._lines.read():
+            round, phase, digest = line.split()
+            self._seen.setdefault((int(round), int(phase)), set()).add(digest)
 
     def note(self, round: int, phase: int, state: Any) -> None:
         """A phase of a round has led to this state."""
@@ -173,11 +169,8 @@ class Releases:
         seen = self._seen.setdefault((round, phase), set())
         if digest in seen:
             return
+        self._lines.add(f"{round} {phase} {digest}")
         seen.add(digest)
-        with self._path.open("a") as file:
-            file.write(f"{round} {phase} {digest}\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def others(self, round: int) -> int:
         """How many releases of this round there have been besides one."""

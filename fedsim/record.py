@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 import tomli_w
 
 from fedsim.errors import ConfigError, ResumeError
-from fedsim.files import write
+from fedsim.files import append, write
 
 METRICS, SUMMARY, CLIENTS, CONFIG = "metrics.jsonl", "summary.json", "clients.jsonl", "config.toml"
 
@@ -73,7 +73,7 @@ class Record:
         """Write one round, and return when it is on the disk. Commit the round's checkpoint after this."""
         if line["round"] not in _next(self._last):
             raise ValueError(f"round {line['round']} does not follow round {self._last}")
-        _append(self._metrics, encode(line) + b"\n")
+        append(self._metrics.fileno(), encode(line) + b"\n")
         self._last = line["round"]
         if self._events:
             self._events.write(line, time.time())
@@ -324,19 +324,6 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed, or a bare checkout
     return found | {"platform": platform.platform(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
-
-
-def _append(file: BinaryIO, data: bytes) -> None:
-    """Append and sync; where the disk is full, take the half line back, so that the next one does not grow on it."""
-    start = os.fstat(file.fileno()).st_size
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file.fileno(), rest) :]
-        os.fsync(file.fileno())
-    except OSError:
-        os.ftruncate(file.fileno(), start)
-        raise
 
 
 def _next(last: int | None) -> tuple[int, ...]:

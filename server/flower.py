@@ -3,6 +3,7 @@
 On our own grids a phase is one call for the whole cohort; on any other Flower ``Grid`` it is a message a client.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from fedsim.types import Done, Payload, Phase, Reducer, Report, Strategy, Visit
 from fedsim.worker import Failure
 from server.loop import Native, rounds
 
+log = logging.getLogger("fedsim")
+
 EXAMPLES = "num-examples"
 MOST_EXAMPLES = 1 << 31  # that a client can say it has
 HEADER = 1024  # bytes that an array takes beside its elements, at most
@@ -40,17 +43,18 @@ class Messages:
         on_failure: Callable[[tuple[Failure, ...], Work], None] = lambda failures, work: None,
     ) -> None:
         self._grid, self._timeout = grid, timeout
-        self._node = node or (lambda client: sorted(grid.get_node_ids())[client])
+        self._node = node
         self._canonical, self._on_failure = canonical, on_failure
         self._after: dict[int | None, Payload] = {}  # what clients remember after the phases of this round, by shape
 
     def map(self, work: Work, cohort: Sequence[int], reduce: Reducer[Any, Any]) -> Outcome:
         clients = self._canonical(cohort)
-        nodes = {self._node(client): i for i, client in enumerate(clients)}
+        node = self._node or sorted(self._grid.get_node_ids()).__getitem__
+        nodes = {node(client): i for i, client in enumerate(clients)}
         content = to_records(work.shared)
         content["fedsim"] = ConfigRecord({"round": work.round, "phase": work.phase})
         kind = "evaluate" if work.phase < 0 else "train"
-        out = [Message(content, node, kind, group_id=str(work.round)) for node in nodes]
+        out = [Message(content, number, kind, group_id=str(work.round)) for number in nodes]
         reports: list[Report | None] = [None] * len(clients)
         failures = {client: Failure(client, "no reply in time") for client in clients}
         if work.phase <= 0:
@@ -89,11 +93,11 @@ class Messages:
             frozenset().union(*(r.value for r in done)),
         )
 
-    def _template(self, work: Work, client: int | None) -> Payload:
+    def _template(self, work: Work, client: int | None) -> Done:
         """What this client, or any, is expected to send. A later phase finds the memory that one before has left."""
         done = expected(work, client, self._after.get(client))
         self._after[client] = done.memory or self._after.get(client, {})
-        return done.value
+        return done
 
 
 def expected(work: Work, client: int | None = None, memory: Payload | None = None) -> Done:
@@ -112,19 +116,19 @@ def expected(work: Work, client: int | None = None, memory: Payload | None = Non
         return local.final(shared, local.init(shared, memory, Visit(work.round, one.long(), one.long())))
 
 
-def _report(client: int, reply: Message, template: Payload) -> Report | Failure:
+def _report(client: int, reply: Message, like: Done) -> Report | Failure:
     """A client's report from its reply, or what is wrong with it. Nothing in a reply is believed."""
     if reply.has_error():
         return Failure(client, reply.error.reason or "no reason given")
     try:
-        conform(reply.content, template)
-        examples, metrics = _measured(reply.content)
-        value = {channel: to_tree(reply.content.array_records[channel]) for channel in template}
-    except (ValueError, TypeError, MemoryError) as e:
+        conform(reply.content, like.value)
+        examples, metrics = _measured(reply.content, like.metrics)
+        value = {channel: to_tree(reply.content.array_records[channel]) for channel in like.value}
+    except (ValueError, TypeError, MemoryError, OverflowError) as e:
         return Failure(client, f"its reply is malformed: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     for channel, part in value.items():
         for name, x in part.items():
-            want = template[channel][name]
+            want = like.value[channel][name]
             if x.shape != want.shape or x.dtype != want.dtype:
                 return Failure(client, f"its reply is malformed: the data of {channel}: {name} is not what it says")
         if not tree.finite(part):
@@ -152,16 +156,22 @@ def conform(content: RecordDict, template: Payload) -> None:
                 raise ValueError(f"{channel}: {name} has {len(array.data)} bytes")
 
 
-def _measured(content: RecordDict) -> tuple[int, dict[str, float]]:
-    """The number of examples and the metrics of a reply. ``ValueError`` for any that cannot be."""
+def _measured(content: RecordDict, names: Iterable[str]) -> tuple[int, dict[str, float]]:
+    """The number of examples and the metrics of these names in a reply. ``ValueError`` for any that cannot be."""
     metrics = dict(content.metric_records.get("metrics", {}))
     examples = metrics.pop(EXAMPLES, None)
     if isinstance(examples, bool) or not isinstance(examples, int) or not 0 <= examples <= MOST_EXAMPLES:
         raise ValueError(f"{EXAMPLES} is {examples!r}")
-    for name, x in metrics.items():
+    for name in names:
+        x = metrics.get(name)
         if not isinstance(x, int | float) or not math.isfinite(x):
             raise ValueError(f"{name} is {x!r}")
-    return examples, {n: float(v) for n, v in metrics.items()}  # type: ignore[arg-type]
+    return examples, {name: float(metrics[name]) for name in names}  # type: ignore[arg-type]
+
+
+def _say(failures: tuple[Failure, ...], work: Work) -> None:
+    for failure in failures:
+        log.warning("round %d: node or client %d does not count: %s", work.round, failure.client, failure.reason)
 
 
 class AsFlower(FlowerStrategy):
@@ -186,7 +196,7 @@ class AsFlower(FlowerStrategy):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """Run ``num_rounds`` rounds. The seed decides where the model starts; ``initial_arrays`` is not used."""
-        executor = grid if hasattr(grid, "map") else Messages(grid, timeout=timeout)
+        executor = grid if hasattr(grid, "map") else Messages(grid, timeout=timeout, on_failure=_say)
         population = len(list(grid.get_node_ids()))
         driver = Native(self._strategy, executor, self._key, population, self._cohort)
         result = Result()
@@ -213,8 +223,10 @@ class AsFlower(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         phase = self._only_phase()
         answered = sorted(replies, key=lambda r: r.metadata.src_node_id)
-        template = expected(Work(server_round, 0, phase.local, phase.broadcast(self._state), self._key)).value
+        work = Work(server_round, 0, phase.local, phase.broadcast(self._state), self._key)
+        template = expected(work)
         results = [_report(m.metadata.src_node_id, m, template) for m in answered]
+        _say(tuple(r for r in results if isinstance(r, Failure)), work)
         reports = [r for r in results if isinstance(r, Report)]
         fold: Fold[Any] = Fold(len(reports), phase.reduce.merge)
         for i, report in enumerate(reports):

@@ -40,3 +40,33 @@ def test_a_contribution_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_was_cut_short_is_cut_off(tmp_path: Path) -> None:
+    """Else the next one would be appended to it, and both would be lost."""
+    lines = files.Lines(tmp_path / "new" / "lines")
+    assert lines.read() == []
+    lines.add("1 0 abc")
+    with (tmp_path / "new" / "lines").open("a") as f:
+        f.write("2 0 3fa")
+    lines = files.Lines(tmp_path / "new" / "lines")
+    assert lines.read() == ["1 0 abc"]
+    lines.add("2 0 def")
+    assert lines.read() == ["1 0 abc", "2 0 def"]
+
+
+def test_the_first_one_makes_a_file_for_good(tmp_path: Path) -> None:
+    """Several at once: all of them get what one of them has made, and nothing else is left."""
+    path, start, got = tmp_path / "noise.key", threading.Barrier(8), []
+
+    def make(me: int) -> None:
+        start.wait()
+        got.append(files.first(path, f"key {me}".encode(), mode=0o600))
+
+    threads = [threading.Thread(target=make, args=(me,)) for me in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 8 and set(got) == {path.read_bytes()} and list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o600

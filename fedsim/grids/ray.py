@@ -64,7 +64,7 @@ TOO_LATE = "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
 os.environ |= QUIET | {"RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
 
 import ray  # noqa: E402
-from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray.exceptions import RayError, RayTaskError  # noqa: E402
 
 log = logging.getLogger("fedsim")
 
@@ -349,7 +349,7 @@ class Pool:
                 result = ray.get(ref)
             except RayTaskError as e:
                 raise FedsimError(f"a worker failed: {reason(e.cause)}") from e
-            except RayActorError as e:
+            except RayError as e:  # it died, or was killed by Ray's memory monitor, or what it sent is lost
                 self._died(was, e)
                 out.append((was, None, "its worker died"))
                 continue
@@ -532,6 +532,8 @@ class RayGrid(BlockGrid):
     def parts(
         self, work: Work, blocks: list[Block], cohort: int, reduce: Reducer[Any, Any], how: Way
     ) -> Iterator[Partial]:
+        if not blocks:
+            return
         if self._workers is None:
             # How much of a GPU a worker takes, only a block of clients can say: the first one runs here.
             (start, clients), *blocks = blocks
@@ -571,9 +573,20 @@ class RayGrid(BlockGrid):
         return actor.blocks.remote(serial, about, shared, blocks, memory, cohort, how)
 
     def _one_by_one(self, block: Block, send: Callable[[Any, list[Block]], Any]) -> Iterator[Partial]:
-        """Run the clients of a block one by one, to find who kills workers; the others count, at their positions."""
+        """Run the clients of a block one by one, to find who kills workers; the others count, at their positions.
+
+        Where nobody does, something else has killed them, and the block runs as a whole: one by one its last bits may
+        be others.
+        """
         units = [Unit(Block(block.start + i, [c]), 1.0, True, DEATHS - 1) for i, c in enumerate(block.clients)]
-        for done in self.pool.run(units, send):
+        alone = list(self.pool.run(units, send))
+        if not any(done.died for done in alone) and len(units) > 1:
+            (whole,) = self.pool.run([Unit(block, 1.0, True)], send)
+            if whole.died is None:
+                yield unpack(whole.result[0])
+                return
+            log.warning("clients %s kill their worker together, and not alone: run one by one", block.clients)
+        for done in alone:
             if done.died is None:
                 yield unpack(done.result[0])
                 continue

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +177,55 @@ def test_a_client_that_kills_workers_is_named(cluster: Any, tmp_path: Path) -> N
         assert trained.clients == 19 and pool.present == 2
     finally:
         session.close()
+
+
+def trained(of: Experiment, change: Callable[[Any], None] = lambda grid: None) -> str:
+    session = build(of)
+    try:
+        change(session.grid)
+        state, _ = session.driver.train(session.driver.begin(), 1)
+        return tree.digest(session.driver.params(state))
+    finally:
+        session.close()
+
+
+def test_a_block_whose_workers_were_killed_from_outside_has_its_numbers(cluster: Any) -> None:
+    """Its clients are run alone to find who did it; as nobody did, the block counts, and not what each is alone."""
+    taken_apart = []
+
+    def killed_twice(grid: Any) -> None:
+        run = grid.pool.run
+
+        def dying(units: Any, send: Any, *rest: Any) -> Iterator[Any]:
+            taken_apart.append([len(u.what.clients) for u in units])
+            if len(taken_apart) == 1:
+                yield ray_grid.Answer([units[0].what], None, "its worker died")
+                units = units[1:]
+            yield from run(units, send, *rest)
+
+        grid.pool.run = dying
+
+    of = ("task={model='cnn',channels=[2,3]}", "engine.block=4")
+    there = trained(experiment(*of, "engine.kind=ray", "engine.workers=2"), killed_twice)
+    assert taken_apart == [[4, 4, 4], [1] * 4, [4]]
+    assert there == trained(experiment(*of))
+
+
+def test_a_worker_that_the_memory_monitor_kills_is_replaced(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    get, killed = ray.get, []
+
+    def monitored(ref: Any) -> Any:
+        result = get(ref)
+        if isinstance(result, tuple) and not killed:  # an answer, and not a worker's first sign of life
+            killed.append(ref)
+            raise ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+        return result
+
+    monkeypatch.setattr(ray, "get", monitored)
+    of = experiment("engine.kind=ray", "engine.workers=2")
+    assert trained(of, lambda grid: None) == trained(experiment()) and killed
 
 
 def test_a_stopped_worker_is_replaced_after_a_deadline(cluster: Any, inline: str) -> None:
