@@ -285,13 +285,27 @@ def run(
             raise ResumeError(f"--resume: the clients of {out} are a deployment's; go on with fedsim deploy run")
     secret = privacy.secret(experiment, out / "checkpoint") if experiment.privacy else None
     session = build(experiment, order, secret)
+    with closing(session):
+        return _run(session, out, resume, show, deployment, clock)
+
+
+def _run(
+    session: Session,
+    out: Path,
+    resume: bool,
+    show: Callable[[Mapping[str, Any]], None],
+    deployment: Deployment | None,
+    clock: float,
+) -> dict[str, Any]:
+    experiment = session.experiment
     if not session.driver.is_global and not experiment.data.holdout:
         name = experiment.strategy.name
         log.warning("data.holdout: is 0, so no accuracy is measured: '%s' has no global model to test", name)
     if deployment:
         session = deployed(session, deployment)
     state, done, extra, origin = begin(session), 0, {}, origin_of(session)
-    with lock(out), closing(session):
+    with lock(out):
+        check_folder(out, resume)  # another process may have begun a run, and ended it, while this one was built
         store = checkpoint.Store(out / "checkpoint", experiment.checkpoint.keep)
         if resume and any((out / "checkpoint").glob("round-*")):
             found = store.load(checkpoint.named_tuples(state))
@@ -315,9 +329,12 @@ def run(
         if done and not began:
             raise ResumeError(f"{out / record.METRICS}: missing, though the checkpoint is that of round {done}")
         dumped = config.dump(experiment)
-        opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
-        if began:
-            files.write(out / record.CONFIG, tomli_w.dumps(dumped).encode())  # what may change is written as it is now
+        try:
+            opened = record.reopen(out, done, clock=clock) if began else record.create(out, dumped, clock=clock)
+            if began:  # what may change is written as it is now
+                files.write(out / record.CONFIG, tomli_w.dumps(dumped).encode())
+        except OSError as e:
+            raise FedsimError(f"{out} cannot be written: {e.strerror or e}") from e
         finish = partial(opened.finish, more={name: origin[name] for name in sources.KEPT if name in origin})
         with opened as book:
             try:

@@ -16,8 +16,9 @@ import torch
 
 import runs
 from fedsim import checkpoint
+from fedsim import run as running
 from fedsim.checkpoint import Store
-from fedsim.errors import ClientError, FedsimError, ResumeError
+from fedsim.errors import ClientError, ConfigError, FedsimError, ResumeError
 from fedsim.memory import Memory
 from fedsim.run import run
 
@@ -475,3 +476,18 @@ def test_strategy_that_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert e.value.exit_code == 1 and len(str(e.value).splitlines()) == 1
     assert len(runs.lines(tmp_path / "out")) == 2
     assert runs.summary(tmp_path / "out")["status"] == "failed"
+
+
+def test_a_run_that_ended_while_another_was_built_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found an empty folder; the second one gets it when the first has finished, and must not begin over it."""
+    out, build, setup = tmp_path / "out", running.build, runs.experiment("rounds=1")
+
+    def slow(*args: Any) -> Any:
+        monkeypatch.setattr(running, "build", build)
+        running.run(setup, out)
+        return build(*args)
+
+    monkeypatch.setattr(running, "build", slow)
+    with pytest.raises(ConfigError, match="is not empty"):
+        running.run(runs.experiment("rounds=3", "seed=9"), out)
+    assert runs.summary(out)["status"] == "completed" and len(runs.lines(out)) == 1

@@ -449,7 +449,7 @@ class Cluster:
                     log_to_driver=False,
                     configure_logging=False,
                     logging_level=logging.ERROR,
-                    _temp_dir=str(self._home),
+                    _temp_dir=str(self._home / "r"),  # Ray opens it to everybody, and it is not the home
                 )
         except Exception as e:
             shutil.rmtree(self._home, ignore_errors=True)

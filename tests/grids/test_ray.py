@@ -16,18 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from accelerator import accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from sockets import LOOPBACK, sockets
 
 from fedsim import config, tree
-from fedsim import run as running
 from fedsim.benches import proc
 from fedsim.config import Experiment
 from fedsim.errors import ClientError, ConfigError
 from fedsim.grids import inline as grids
-from fedsim.grids.place import Placement
 from fedsim.run import build, run
 
 pytestmark = [
@@ -110,32 +107,6 @@ def test_messages_give_the_same_bits(cluster: Any, inline: str, tmp_path: Path) 
 def test_a_run_may_go_on_elsewhere(cluster: Any, inline: str, tmp_path: Path) -> None:
     run(experiment("rounds=1"), tmp_path / "run")
     assert sha(experiment("engine.kind=ray", "engine.workers=2"), tmp_path / "run", resume=True) == inline
-
-
-def test_on_a_gpu_the_first_block_says_how_many_workers_there_is_room_for(
-    cluster: Any, inline: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It runs in the driver, whose memory is then looked at; what comes of it counts as if a worker had run it."""
-    used, asked = [], []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: used.append(device))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 << 30)
-
-    def place(machines: Any, workers: Any, need: int, room: int, of_gpu: int) -> Placement:
-        asked.append(of_gpu)
-        return Placement(2, 0.0, ["two"])
-
-    monkeypatch.setattr(ray_grid, "place", place)
-    with accelerator() as device:
-        monkeypatch.setattr(running, "device", lambda name: device)
-        session = build(experiment("engine.kind=ray", "engine.workers=auto"))
-        try:
-            assert session.grid._workers is None  # type: ignore[attr-defined]
-            state, _ = session.driver.train(session.driver.begin(), 1)
-            assert used == [device] and asked == [(5 << 30) + ray_grid.CONTEXT]
-            state, _ = session.driver.train(state, 2)
-            assert used == [device] and tree.digest(session.driver.params(state)) == inline
-        finally:
-            session.close()
 
 
 def deadly(*overrides: str) -> Experiment:

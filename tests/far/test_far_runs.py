@@ -1,4 +1,4 @@
-"""Whole runs with their clients on a device of their own (tests/accelerator.py): the numbers of a CPU.
+"""Whole runs with their clients on a device of their own (accelerator.py): the numbers of a CPU.
 
 Every kind of task, privacy of both levels, an attack, a strategy of Flower's: whatever is left on the host by mistake
 is refused there, as a GPU would.
@@ -26,8 +26,8 @@ RUNS = {
     "a network by hand": "task.model=cnn",
     "a step not written out": "task.model=mlp strategy.name=fedavg strategy.optimizer=adam",
     "evaluated after training": "task.model=mlp evaluate.local=true",
-    "dropout": "task.model=test_accelerator_runs:dropping",
-    "a recurrent network": "task.model=test_accelerator_runs:recurrent",
+    "dropout": "task.model=test_far_runs:dropping",
+    "a recurrent network": "task.model=test_far_runs:recurrent",
     "a strategy of Flower's": "strategy.name=flwr.serverapp.strategy:FedAdam",
     "client-level privacy": CLIENT,
     "and a bound that adapts": f"{CLIENT} privacy.adaptive.bit_noise=5.0",

@@ -1,4 +1,4 @@
-"""Every registered strategy with its clients on a device of their own (tests/accelerator.py): the numbers of a CPU."""
+"""Every registered strategy with its clients on a device of their own (accelerator.py): the numbers of a CPU."""
 
 import logging
 from collections.abc import Callable
@@ -34,22 +34,22 @@ def there(w: World, device: torch.device) -> World:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_an_accelerator_changes_no_number(name: str, execution: str) -> None:
     w = world(check.subject(name), execution=execution, block=4)
-    near = play(w, 3)
+    near = play(w, 2)
     with accelerator() as device:
-        far = play(there(w, device), 3)
-        scores = far.session.driver.evaluate(far.states[-1], 3)
+        far = play(there(w, device), 2)
+        scores = far.session.driver.evaluate(far.states[-1], 2)
     for number, (a, b) in enumerate(zip(near.states, far.states, strict=True)):
         same(a, b, f"here and there after round {number}", 1e-10)
     same(near.memory, far.memory, "here and there, clients' memories", 1e-10)
-    same(near.session.driver.evaluate(near.states[-1], 3), scores, "here and there, evaluated", 1e-10)
+    same(near.session.driver.evaluate(near.states[-1], 2), scores, "here and there, evaluated", 1e-10)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_messages_from_an_accelerator(name: str) -> None:
     w = world(check.subject(name), execution="batched", block=4, paths="messages")
-    near = play(w, 2)
+    near = play(w, 1)
     with accelerator() as device:
-        far = play(there(w, device), 2)
+        far = play(there(w, device), 1)
     same(near.states[-1], far.states[-1], "here and there by messages", 1e-10)
 
 
@@ -81,11 +81,11 @@ def test_a_step_can_be_recorded(name: str, monkeypatch: pytest.MonkeyPatch, capl
         return found._replace(recorder=Capture()) if found.stacked else found
 
     w = world(of, execution="batched", block=4)
-    near = play(w, 3)
+    near = play(w, 2)
     monkeypatch.setattr(inline, "way", recording)
     replay._KEPT.clear()
     with accelerator() as device, caplog.at_level(logging.WARNING, logger="fedsim"):
-        far = play(there(w, device), 3)
+        far = play(there(w, device), 2)
     replay._KEPT.clear()
     if not any(stacked):
         pytest.skip("its clients run one by one")
