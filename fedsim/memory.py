@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fedsim.errors import FedsimError
 from fedsim.types import Payload
 
 LIMIT = 1 << 30
@@ -25,6 +25,8 @@ ENTRY = 512  # bytes that an entry costs beside its tensors, about
 
 class Memory:
     """Clients' memories by client number, with the set that changed since the last checkpoint.
+
+    Tensors are the host's, wherever clients work.
 
     limit:  bytes of tensors that are kept in this process; one memory always is
     folder: where the others go; a temporary folder that ends with this object where None
@@ -39,7 +41,7 @@ class Memory:
         self._here: OrderedDict[int, tuple[Payload, int]] = (
             OrderedDict()
         )  # number -> memory and bytes; oldest use first
-        self._filed: dict[int, torch.device] = {}  # numbers that have a file, and where their tensors were
+        self._filed: set[int] = set()  # numbers that have a file
         self._bytes = self._next = 0
         self.update(initial or {})
         self.changed.clear()
@@ -59,8 +61,7 @@ class Memory:
             return self._here[number][0]
         from fedsim.checkpoint import unpack  # which knows this class
 
-        device = self._filed[number]
-        memory: Payload = pytree.tree_map_only(Tensor, lambda t: t.to(device), unpack(self._path(number), {}))
+        memory: Payload = unpack(self._path(number), {})
         self._keep(number, memory)
         return memory
 
@@ -117,14 +118,18 @@ class Memory:
             if oldest not in self._filed:
                 from fedsim.checkpoint import pack
 
-                self._path(oldest).write_bytes(pack(gone))
-                self._filed[oldest] = next((t.device for t in _tensors(gone)), torch.device("cpu"))
+                path = self._path(oldest)
+                try:
+                    path.write_bytes(pack(gone))
+                except OSError as e:
+                    raise FedsimError(f"what clients remember cannot be written to {path.parent}: {e.strerror}") from e
+                self._filed.add(oldest)
 
     def _drop(self, number: int) -> None:
         if number in self._here:
             self._bytes -= self._here.pop(number)[1]
         if number in self._filed:
-            del self._filed[number]
+            self._filed.remove(number)
             self._path(number).unlink()
 
     def _path(self, number: int) -> Path:

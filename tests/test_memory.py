@@ -1,11 +1,13 @@
 """Clients' memories: bounded, and the same to the bit whether they were in the process, in a file, or resumed."""
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedsim import checkpoint, tree
+from fedsim.errors import FedsimError
 from fedsim.memory import ENTRY, Memory
 from fedsim.types import Payload
 
@@ -94,3 +96,13 @@ def test_scratch_files_end_with_the_memory() -> None:
     assert folder is not None and folder.exists()
     del memory
     assert not folder.exists()
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    mine = Memory(limit=1, folder=tmp_path / "scratch")
+    with pytest.raises(FedsimError, match="what clients remember cannot be written to .*scratch: No space left"):
+        mine.update({c: {"w": {"x": torch.zeros(4)}} for c in range(2)})
