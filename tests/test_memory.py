@@ -104,5 +104,5 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Path, "write_bytes", full)
     mine = Memory(limit=1, folder=tmp_path / "scratch")
-    with pytest.raises(FedsimError, match="what clients remember cannot be written to .*scratch: No space left"):
+    with pytest.raises(FedsimError, match=r"what clients remember cannot be written to .*scratch: No space left"):
         mine.update({c: {"w": {"x": torch.zeros(4)}} for c in range(2)})
