@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedsim import tree
 from fedsim.block import Work
 from fedsim.fold import Fold, Node
-from fedsim.grids.flower import to_record, to_records, to_tree
+from fedsim.grids.flower import dtype_name, to_record, to_records, to_tree
 from fedsim.grids.inline import Outcome
 from fedsim.rng import Key
 from fedsim.types import Done, Payload, Phase, Reducer, Report, Strategy, Visit
@@ -147,7 +147,7 @@ def conform(content: RecordDict, template: Payload) -> None:
             some = sorted(record.keys() ^ part.keys())[:3]
             raise ValueError(f"{channel} has other names than expected: {', '.join(some)}")
         for name, x in part.items():
-            array, dtype = record[name], str(torch.empty(0, dtype=x.dtype).numpy().dtype)
+            array, dtype = record[name], dtype_name(x.dtype)
             if tuple(array.shape) != tuple(x.shape):
                 raise ValueError(f"{channel}: {name} has shape {tuple(array.shape)}, expected {tuple(x.shape)}")
             if array.dtype != dtype:

@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
 
 from fedsim.errors import FedsimError
 from fedsim.types import Payload, Tree
@@ -45,12 +46,29 @@ def number(message: Message, id: str) -> Message:
 
 def to_record(tree: Tree) -> ArrayRecord:
     """Named tensors as Flower sends them."""
-    return ArrayRecord({name: Array(x.detach().cpu().numpy()) for name, x in tree.items()})
+    return ArrayRecord({name: _array(x.detach().cpu()) for name, x in tree.items()})
+
+
+def _array(x: Tensor) -> Array:
+    if x.dtype != torch.bfloat16:
+        return Array(x.numpy())
+    bits = Array(x.contiguous().view(torch.int16).numpy())  # NumPy has no such type
+    return Array(dtype=dtype_name(x.dtype), shape=bits.shape, stype=bits.stype, data=bits.data)
+
+
+def _tensor(array: Array) -> Tensor:
+    x = torch.from_numpy(np.array(array.numpy()))
+    return x.view(torch.bfloat16) if array.dtype == dtype_name(torch.bfloat16) and x.dtype == torch.int16 else x
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What Flower's arrays call a type: NumPy's name, where it has one."""
+    return str(dtype).removeprefix("torch.")
 
 
 def to_tree(record: ArrayRecord, like: Tree | None = None) -> Tree:
     """Named tensors from Flower's arrays, with shapes and dtypes checked against ``like`` where it is given."""
-    tree = {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+    tree = {name: _tensor(array) for name, array in record.items()}
     if like is not None:
         if tree.keys() != like.keys():
             raise ValueError(f"arrays differ in names: {sorted(tree.keys() ^ like.keys())}")
