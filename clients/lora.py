@@ -58,18 +58,19 @@ class Adapters:
     def of(self, seed: int, fixed: Tree, start: Tree, change: Tree) -> Task:
         """The task of training ``start`` beside ``fixed``, on W₀ + ``change``; as private as the run is."""
         bare = self.task.private.bare if self.task.private else self.task
-        base = self.base(seed)
-        if change:
-            base = base | tree.add(tree.resident({name: base[name] for name in change}, tree.device(change)), change)
-        task = adapters.adapted(bare, self.layers, self.alpha, base, fixed, start)
+        task = adapters.adapted(bare, self.layers, self.alpha, self._changed(seed, change), fixed, start)
         return self.task.private.around(task) if self.task.private else task
 
     def merged(self, seed: int, factors: Tree, change: Tree | None = None) -> Tree:
         """The parameters of the task with the adapters in them: the model that is evaluated."""
+        return adapters.merged(self.layers, self.alpha, self._changed(seed, change or {}), factors)
+
+    def _changed(self, seed: int, change: Tree) -> Tree:
+        """All parameters, W₀ + ``change`` among them, where the change is."""
         base = self.base(seed)
-        if change:
-            base = base | tree.add(tree.resident({name: base[name] for name in change}, tree.device(change)), change)
-        return adapters.merged(self.layers, self.alpha, base, factors)
+        if not change:
+            return base
+        return base | tree.add(tree.resident({name: base[name] for name in change}, tree.device(change)), change)
 
 
 def prepare(config: LoraConfig, task: Task) -> Adapters:

@@ -94,7 +94,7 @@ class Attacker:
     def __call__(self, state: Any, memory: Memory, round: int) -> list[Loot]:
         """Attack what the victims would send in this round, whose broadcast is that of ``state``. Changes nothing."""
         chosen = self.key.at("victims").numpy().permutation(len(self.federation))[: self.config.victims]
-        return [self.loot(self.capture(state, memory, int(c), round), round) for c in sorted(chosen)]
+        return [self.loot(self.capture(state, memory, int(c), round)) for c in sorted(chosen)]
 
     def capture(self, state: Any, memory: Memory, client: int, round: int) -> Victim:
         """What this client sends, of its first few examples."""
@@ -108,9 +108,9 @@ class Attacker:
             client, round, train.x[rows], train.y[rows], work.shared, done.value, tree.placed(own, self.device)
         )
 
-    def loot(self, victim: Victim, round: int) -> Loot:
+    def loot(self, victim: Victim) -> Loot:
         """Reconstruct, match one to one, and measure."""
-        c, key = self.config, self.key.at("attacker", round, victim.client)
+        c, key = self.config, self.key.at("attacker", victim.round, victim.client)
         generator, figures = key.torch(), {}
         found = self.inferred(victim)
         if found is not None:
@@ -125,7 +125,7 @@ class Attacker:
         if c.knowledge == "analytic":
             got = self.by_structure(victim, y, plan, generator)
         else:
-            got = self.by_simulation(victim, y, plan, generator, key, round)
+            got = self.by_simulation(victim, y, plan, generator, key)
         if y is None and got.others:
             figures["label_accuracy"] = _overlap(got.others[0].argmax(-1), victim.y)
         truth = victim.x.double().cpu()
@@ -137,7 +137,7 @@ class Attacker:
         return Loot(victim.client, truth, guess, figures)
 
     def by_simulation(
-        self, victim: Victim, y: Tensor | None, plan: Plan, generator: torch.Generator, key: Key, round: int
+        self, victim: Victim, y: Tensor | None, plan: Plan, generator: torch.Generator, key: Key
     ) -> Found:
         """Run the strategy's own client on a guess. What it remembers is drawn as clients draw it, or known.
 
@@ -148,7 +148,7 @@ class Attacker:
         def remembered(generator: torch.Generator) -> Payload:
             if self.config.knowledge == "oracle" or local.remember is None:
                 return victim.memory
-            return tree.placed(local.remember(tree.moved(victim.shared, tree.HOST), generator), self.device)
+            return tree.placed(block.first_memory(local.remember, victim.shared, generator), self.device)
 
         fixed = remembered(key.at("memory").torch())
         places = [(channel, name) for channel, part in fixed.items() for name in part]
@@ -166,7 +166,7 @@ class Attacker:
             memory = {channel: dict(part) for channel, part in fixed.items()}
             for (channel, name), t in zip(places, others):
                 memory[channel][name] = t
-            return centred(simulate(local, victim.shared, memory, held, self.task.classes, key, round))
+            return centred(simulate(local, victim.shared, memory, held, self.task.classes, key, victim.round))
 
         def centred(value: Payload) -> Tensor:
             return flat({**value, "delta": self.without_decay(value["delta"], victim)} if "delta" in value else value)

@@ -9,7 +9,7 @@ A client works where the data set lies, and the broadcast has to be there too (`
 clients remember lies in the host's memory before and after: a population's may be larger than a GPU's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,13 +49,8 @@ def asked(round: int, phase: int, local: Local, shared: Payload, key: Key) -> Wo
     have none.
     """
     if local.secret:
-        key = key.at("broadcast", named(shared))
+        key = key.at("broadcast", tree.payload_digest(shared))
     return Work(round, phase, local, shared, key)
-
-
-def named(payload: Payload) -> str:
-    """A payload's digest."""
-    return tree.digest({f"{channel}.{name}": x for channel, part in payload.items() for name, x in part.items()})
 
 
 class Guest(NamedTuple):
@@ -130,10 +125,14 @@ def remembered(work: Work, guest: Guest) -> Payload:
         return guest.memory
     if work.local.remember is None:
         return {}
-    return tree.moved(
-        work.local.remember(tree.moved(work.shared, tree.HOST), work.key.at("remember", guest.client).torch()),
-        tree.HOST,
-    )
+    return first_memory(work.local.remember, work.shared, work.key.at("remember", guest.client).torch())
+
+
+def first_memory(
+    remember: Callable[[Payload, torch.Generator], Payload], shared: Payload, generator: torch.Generator
+) -> Payload:
+    """What ``Local.remember`` gives, made and kept on the host."""
+    return tree.moved(remember(tree.moved(shared, tree.HOST), generator), tree.HOST)
 
 
 def one(work: Work, federation: Federation, guest: Guest) -> tuple[Done, int]:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim import block, files
+from fedsim import files
 from fedsim.config import Experiment
 from fedsim.data.dataset import Federation
 from fedsim.errors import FedsimError
+from fedsim.privacy import of_batches
 from fedsim.types import Strategy
 from server import ledger
 from server.ledger import Entry, History
@@ -52,11 +53,9 @@ class Budget:
         self._spent[visit] = cost
 
 
-def of_node(node_config: Mapping[str, Any], folder: Path) -> Budget | None:
+def of_node(node_config: Mapping[str, Any], folder: Path) -> Budget:
     """The budget of a node's config. Raises ``FedsimError`` for one that is none."""
     epsilon, delta = node_config.get("max-epsilon"), node_config.get("delta")
-    if epsilon is None:
-        return None
     try:
         budget = Budget(folder, float(epsilon), float(delta))  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -68,10 +67,9 @@ def of_node(node_config: Mapping[str, Any], folder: Path) -> Budget | None:
 
 def cost(strategy: Strategy[Any], phase: int, sigma: float, federation: Federation, client: int) -> History:
     """What a client's visit in a phase costs its examples."""
-    held = [
-        (each.schedule, federation.size(client, each.schedule.split)) for each in strategy.phases[phase].local.passes
-    ]
-    return ledger.merge(Entry(sigma, min(1.0, s.batch_size / n), block.steps_in(s, n)) for s, n in held if n)
+    schedules = [each.schedule for each in strategy.phases[phase].local.passes]
+    sizes = [federation.size(client, s.split) for s in schedules]
+    return ledger.merge(e for s, n in zip(schedules, sizes, strict=True) for e in of_batches(s, n, sigma))
 
 
 def check(experiment: Experiment, phase: int) -> None:

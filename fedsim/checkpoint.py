@@ -251,8 +251,7 @@ class Store:
         gone = {name for name in self._old if not any(name in files for files in kept)}
         for name in gone:
             (clients / name).unlink(missing_ok=True)
-        self._old -= gone
-        self._old = {name for name in self._old if name not in kept[0]} if kept else self._old
+        self._old = self._old - gone - kept[0]  # what the newest needs, none has followed yet
 
 
 def _text(manifest: Mapping[str, Any]) -> bytes:

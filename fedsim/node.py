@@ -31,8 +31,8 @@ from flwr.clientapp import ClientApp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedsim import budget, config, files, offline, process, registry
-from fedsim.block import Guest, Work, named
+from fedsim import config, files, offline, process, registry, tree
+from fedsim.block import Guest, Work
 from fedsim.checkpoint import pack, unpack
 from fedsim.config import Experiment
 from fedsim.data.dataset import Dataset, Federation, Indices, Split, validate
@@ -243,8 +243,11 @@ def app(message: Message, context: Context) -> ClientApp:
     task: Task = registry.load("tasks", experiment.task.model).build(experiment.task, mine.dataset, len(mine))
     key, memories = Key.root(experiment.seed), OnDisk(state / "runs")
     header = message.content.config_records.get("fedsim", ConfigRecord())
-    limit, phase = budget.of_node(context.node_config, state), int(header.get("phase", 0))  # type: ignore[arg-type]
-    if limit:
+    phase, limit = int(header.get("phase", 0)), None  # type: ignore[arg-type]
+    if "max-epsilon" in context.node_config:
+        from fedsim import budget
+
+        limit = budget.of_node(context.node_config, state)
         budget.check(experiment, phase)
     strategy: Any
     if experiment.privacy:
@@ -253,12 +256,12 @@ def app(message: Message, context: Context) -> ClientApp:
         strategy = registry.load("strategies", experiment.strategy.name).build(experiment.strategy, task)
 
     if limit:
-        visit = [str(header.get("run", "")), str(header["round"]), str(phase), named(to_payload(message.content))]
         sigma = float(header["sigma"])  # type: ignore[arg-type]
-        limit.spend(":".join(visit), budget.cost(strategy, phase, sigma, mine, client_of(context.node_config)))
+        cost = budget.cost(strategy, phase, sigma, mine, client_of(context.node_config))
+        broadcast = tree.payload_digest(to_payload(message.content))
+        limit.spend(":".join(map(str, (header.get("run", ""), header["round"], phase, broadcast))), cost)
 
     if not hasattr(strategy, "phases"):  # a strategy of Flower's: its clients do local SGD
-        from fedsim import worker
         from fedsim.types import Phase, Strategy
 
         work = proximal(task, strategy.config)
@@ -266,8 +269,7 @@ def app(message: Message, context: Context) -> ClientApp:
         shape: Strategy[Any] = Strategy(nothing, (Phase(nothing, work({}), nothing, nothing),), lambda s: {}, ())
         scorer = evaluation(task, shape, experiment.evaluate.batch_size)
         held_out = scorer if experiment.data.holdout else None
-        one = partial(worker.alone, batched=False, retry=experiment.engine.on_error == "retry")
-        return client_app(mine, lambda phase: scorer, key, work, held_out, one, memories)
+        return client_app(mine, lambda phase: scorer, key, work, held_out, unstacked(experiment), memories)
 
     if experiment.evaluate.local:
         strategy = after_training(task, strategy)
@@ -290,6 +292,13 @@ def alone(experiment: Experiment) -> Callable[[Work, Federation, Guest], tuple[D
         return worker.alone(work, federation, guest, how.stacked, how.retry)
 
     return one
+
+
+def unstacked(experiment: Experiment) -> Callable[[Work, Federation, Guest], tuple[Done, int]]:
+    """How a client of a Flower strategy is run: never as a block, whose numbers are of our own strategies."""
+    from fedsim import worker
+
+    return partial(worker.alone, batched=False, retry=experiment.engine.on_error == "retry")
 
 
 def _private(experiment: Experiment, task: Task, state: Path, header: Mapping[str, Any]) -> tuple[Any, Key]:

@@ -30,7 +30,7 @@ from fedsim.config import Experiment, PrivacyConfig
 from fedsim.data.dataset import Federation
 from fedsim.errors import BudgetSpent, ConfigError, ResumeError
 from fedsim.rng import Key
-from fedsim.types import Strategy, Task, wellformed
+from fedsim.types import Schedule, Strategy, Task, wellformed
 from server import ledger, sampling, wrap
 from server.ledger import EMPTY, Entry, History, Ledger
 from server.wrap import Mechanism
@@ -303,12 +303,11 @@ def _example_level(
 
     def visit(client: int, sigma: float) -> History:
         """What one visit costs the client's examples."""
-        entries = []
+        entries: list[Entry] = []
         for s in schedules:
             if (n := examples.get((client, s.split))) is None:
                 n = examples[client, s.split] = federation.size(client, s.split)
-            if n:
-                entries.append(Entry(sigma, min(1.0, s.batch_size / n), block.steps_in(s, n)))
+            entries += of_batches(s, n, sigma)
         return ledger.merge(entries)
 
     def histories(sigma: float) -> list[History]:
@@ -327,6 +326,12 @@ def _example_level(
     )  # fmt: skip
     _ask(private)
     return strategy, private
+
+
+def of_batches(schedule: Schedule, n: int, sigma: float) -> History:
+    """What the Poisson batches of one visit cost each of n examples; nothing where there are none."""
+    steps = block.steps_in(schedule, n)
+    return (Entry(sigma, min(1.0, schedule.batch_size / n), steps),) if n else ()
 
 
 def _target(config: PrivacyConfig) -> float:

@@ -31,7 +31,6 @@ from fedsim import (
     registry,
     sources,
     tree,
-    worker,
 )
 from fedsim.block import Work
 from fedsim.config import Experiment
@@ -39,7 +38,7 @@ from fedsim.data.dataset import Federation
 from fedsim.errors import ConfigError, FedsimError, ResumeError, Terminated, where
 from fedsim.grids.inline import App, BlockGrid, Executor, InlineGrid, Order, Site, canonical, check
 from fedsim.memory import Memory
-from fedsim.node import alone
+from fedsim.node import alone, unstacked
 from fedsim.privacy import Account, Private
 from fedsim.rng import Key
 from fedsim.tasks import metrics
@@ -197,8 +196,7 @@ def _foreign(
     panel = Panel(scorer, experiment.evaluate.clients) if experiment.data.holdout else None
     key = Key.root(experiment.seed)
     held_out = scorer if experiment.data.holdout else None
-    one = partial(worker.alone, batched=False, retry=experiment.engine.on_error == "retry")
-    app = client_app(federation, lambda phase: scorer, key, local, held_out, one)
+    app = client_app(federation, lambda phase: scorer, key, local, held_out, unstacked(experiment))
     grid = place(experiment, federation, memory, app, order, None)
     driver = foreign.Driver(strategy, task, grid, experiment.engine, key, len(federation), plain, grid, panel)
     site = Site(federation, lambda phase: (scorer, collect()), app)

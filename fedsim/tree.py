@@ -89,6 +89,11 @@ def digest(a: Tree) -> str:
     return h.hexdigest()
 
 
+def payload_digest(payload: Payload) -> str:
+    """The digest of all channels."""
+    return digest({f"{channel}.{name}": x for channel, part in payload.items() for name, x in part.items()})
+
+
 def each(f: Callable[[Tensor], Tensor], value: Any) -> Any:
     """``value`` with ``f`` of each tensor in it. For usual structures a tenth of what pytree's general way takes."""
     if isinstance(value, Tensor):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.block import named
+from fedsim import tree
 from fedsim.config import AdaptiveClip
 from fedsim.errors import ConfigError
 from fedsim.rng import Key
@@ -273,7 +273,7 @@ def stream(mechanism: Mechanism, round: int, phase: int, total: Clipped) -> Key:
     if mechanism.repeatable:
         return key
     bits = {"bits": {"sum": torch.tensor(total.bit, dtype=torch.float64)}}
-    return key.at("sum", named({**total.value, **bits}))
+    return key.at("sum", tree.payload_digest({**total.value, **bits}))
 
 
 def release(total: Clipped, template: Payload, mechanism: Mechanism, bound: float, key: Key) -> Payload:

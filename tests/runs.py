@@ -14,7 +14,11 @@ import pytest
 import tomli_w
 
 from fedsim import cli, config
-from fedsim.config import Experiment
+from fedsim.config import EngineConfig, Experiment
+from fedsim.data.dataset import Split
+from fedsim.grids import inline
+from fedsim.replay import Recorder
+from fedsim.types import Local
 
 TABLES: dict[str, Any] = {
     "name": "small",
@@ -73,6 +77,19 @@ def inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Answer(int(e.value.code or 0), out, err)
 
     return call
+
+
+def recording(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> list[bool]:
+    """From now on blocks take their steps by this recorder; of each phase that is run, whether it is in blocks."""
+    way, stacked = inline.way, []
+
+    def recorded(engine: EngineConfig, data: Split, local: Local) -> inline.Way:
+        found = way(engine, data, local)
+        stacked.append(found.stacked)
+        return found._replace(recorder=recorder) if found.stacked else found
+
+    monkeypatch.setattr(inline, "way", recorded)
+    return stacked
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -137,6 +137,13 @@ class BlockGrid(MessageGrid):
     ) -> Iterator[worker.Partial]:
         """The answers to all blocks, in any order and grouping."""
 
+    def here(self, work: Work, block: Block, cohort: int, reduce: Reducer[Any, Any], how: Way) -> worker.Partial:
+        """Run a block in this process."""
+        guests = [Guest(c, self.memory.get(c)) for c in block.clients]
+        return worker.run(
+            work, self.federation, guests, block.start, cohort, reduce, how.stacked, how.recorder, how.retry
+        )
+
     def prepare(self, work: Work) -> None:
         """Order the clients of the next round: for a moment in which there is nothing to do but to wait."""
         if self.cohorts and work.phase >= 0:
@@ -197,8 +204,7 @@ class InlineGrid(BlockGrid):
     ) -> Iterator[worker.Partial]:
         by_start = {b.start: b for b in blocks}
         for start in self._order(list(by_start)):
-            guests = [Guest(c, self.memory.get(c)) for c in by_start[start].clients]
-            yield worker.run(work, self.federation, guests, start, cohort, reduce, how.stacked, how.recorder, how.retry)
+            yield self.here(work, by_start[start], cohort, reduce, how)
 
     def execute(self, messages: list[Message]) -> list[Message]:
         replies = []

@@ -536,10 +536,8 @@ class RayGrid(BlockGrid):
             return
         if self._workers is None:
             # How much of a GPU a worker takes, only a block of clients can say: the first one runs here.
-            (start, clients), *blocks = blocks
-            guests = [Guest(c, self.memory.get(c)) for c in clients]
-            run = partial(worker.run, work, self.federation, guests, start, cohort, reduce, how.stacked, how.recorder)
-            first, used = probed(run, self._device)
+            block, *blocks = blocks
+            first, used = probed(partial(self.here, work, block, cohort, reduce, how), self._device)
             yield first
             self._start(used)
         self._serial += 1

@@ -160,7 +160,7 @@ def test_dlg_finds_the_labels_with_the_pictures() -> None:
     how = {"method": "dlg", "iterations": 300, "examples": 3}
     a, v = victim(experiment(attack=how))
     assert a.config.labels == "optimised"
-    found = a.loot(v, 1)
+    found = a.loot(v)
     assert found.figures["label_accuracy"] == 1.0
     assert found.figures["psnr"] > found.figures["psnr_mean_image"] + 1
     assert attacker(experiment(attack=how | {"labels": "known"}))[0].config.labels == "known"

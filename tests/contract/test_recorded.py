@@ -2,28 +2,17 @@
 
 import pytest
 
+import runs
 from fedsim import check, registry
 from fedsim.check import play, same, world
-from fedsim.config import EngineConfig
-from fedsim.data.dataset import Split
-from fedsim.grids import inline
-from fedsim.grids.inline import Way
 from fedsim.replay import Again
-from fedsim.types import Local
 
 
 @pytest.mark.parametrize("name", registry.installed("strategies"))
 def test_a_recorded_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    of, way = check.subject(name), inline.way
-    recorded = []
-
-    def recording(engine: EngineConfig, data: Split, local: Local) -> Way:
-        found = way(engine, data, local)
-        recorded.append(found.stacked)
-        return found._replace(recorder=Again()) if found.stacked else found
-
+    of = check.subject(name)
     plain = play(world(of, dtype="float64", execution="batched", block=4), 4)
-    monkeypatch.setattr(inline, "way", recording)
+    recorded = runs.recording(monkeypatch, Again())
     played = play(world(of, dtype="float64", execution="batched", block=4), 4)
     if not any(recorded):
         pytest.skip("its clients run one by one")

@@ -7,14 +7,10 @@ import pytest
 import torch
 from accelerator import Machine, accelerator, formed
 
+import runs
 from fedsim import check, registry, replay
 from fedsim.check import World, play, same, world
-from fedsim.config import EngineConfig
-from fedsim.data.dataset import Split
-from fedsim.grids import inline
-from fedsim.grids.inline import Way
 from fedsim.tasks import adapters
-from fedsim.types import Local
 
 STRATEGIES = registry.installed("strategies")
 # Their steps ask the device for something, and a CUDA graph cannot: they are taken from Python.
@@ -72,17 +68,9 @@ class Capture:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_step_can_be_recorded(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    of, way = check.subject(name), inline.way
-    stacked = []
-
-    def recording(engine: EngineConfig, data: Split, local: Local) -> Way:
-        found = way(engine, data, local)
-        stacked.append(found.stacked)
-        return found._replace(recorder=Capture()) if found.stacked else found
-
-    w = world(of, execution="batched", block=4)
+    w = world(check.subject(name), execution="batched", block=4)
     near = play(w, 2)
-    monkeypatch.setattr(inline, "way", recording)
+    stacked = runs.recording(monkeypatch, Capture())
     replay._KEPT.clear()
     with accelerator() as device, caplog.at_level(logging.WARNING, logger="fedsim"):
         far = play(there(w, device), 2)

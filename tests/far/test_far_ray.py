@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerator import accelerator
 
-from fedsim import config, tree
 from fedsim import run as running
+from fedsim import tree
+from fedsim.config import Experiment
 from fedsim.grids.place import Placement
 from fedsim.run import build
+from runs import experiment
 
 ray_grid = pytest.importorskip("fedsim.grids.ray")
 pytestmark = [
@@ -18,24 +20,7 @@ pytestmark = [
 ]
 
 
-def experiment(*overrides: str) -> config.Experiment:
-    return config.parse(
-        config.override(
-            {
-                "name": "ray",
-                "seed": 5,
-                "rounds": 2,
-                "data": {"name": "digits", "partition": {"name": "dirichlet", "clients": 20, "alpha": 0.5}},
-                "task": {"model": "mlp", "hidden": [16]},
-                "strategy": {"name": "scaffold", "cohort": 12, "lr": 0.1, "epochs": 1, "batch_size": 8},
-                "engine": {"block": 2},
-            },
-            overrides,
-        )
-    )
-
-
-def digest(of: config.Experiment) -> str:
+def digest(of: Experiment) -> str:
     session = build(of)
     state = session.driver.begin()
     for number in (1, 2):
